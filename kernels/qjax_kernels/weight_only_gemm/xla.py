@@ -1,0 +1,34 @@
+"""The reference: dequantize to the type of x, then one product. Takes every valid call."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(jax.jit, static_argnames="out_dtype")
+def weight_only_gemm(
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """See `api.weight_only_gemm`."""
+    out, features = values.shape
+    rows, columns = scale.shape
+    if rows in (1, out) and columns == 1 and zero_point is None:
+        # The scale leaves the sum: the product runs on exact small numbers, whatever the type.
+        y = _matmul(x, values.astype(x.dtype))
+        return (y * scale.astype(jnp.float32).reshape(rows)).astype(out_dtype)
+    blocks = values.astype(jnp.float32).reshape(rows, out // rows, columns, features // columns)
+    if zero_point is not None:
+        blocks = blocks - zero_point.astype(jnp.float32)[:, None, :, None]
+    weight = (blocks * scale.astype(jnp.float32)[:, None, :, None]).reshape(out, features)
+    return _matmul(x, weight.astype(x.dtype)).astype(out_dtype)
+
+
+def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """[..., in] x [out, in] -> float32 [..., out]."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)

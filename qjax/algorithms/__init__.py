@@ -1,0 +1,1 @@
+"""The methods that choose quantized numbers: arrays in, arrays out, one method a file."""

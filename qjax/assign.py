@@ -1,0 +1,81 @@
+"""Which rule each leaf gets. Computed from names and shapes alone, before any array work."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax.config import QuantConfig, Rule
+from qjax.errors import ConfigError
+from qjax.qarray import block_for, is_qarray, scale_shape
+from qjax.tree import named_leaves
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """One leaf that will be quantized: by which rule, contracting over which axis."""
+
+    rule: Rule
+    axis: int
+
+
+def assign(params: Any, cfg: QuantConfig) -> dict[str, Assignment]:
+    """Leaf name -> what happens to it, for the leaves that `cfg` quantizes.
+
+    Only floating-point leaves with at least two axes are candidates. A leaf that is a QArray
+    already may be ignored, not quantized again.
+
+    Raises:
+      ConfigError: a rule or ignore pattern that matches no candidate; a leaf whose contracting
+        axis is not known; a group size that does not divide; an already quantized leaf.
+    """
+    rules = [*(Rule(path=pattern) for pattern in cfg.ignore), *cfg.rules]
+    used = [False] * len(rules)
+    assigned: dict[str, Assignment] = {}
+    candidates = [(name, leaf) for name, leaf in named_leaves(params) if _is_candidate(leaf)]
+    for name, leaf in candidates:
+        matching = [i for i, rule in enumerate(rules) if rule.matches(name)]
+        for i in matching:
+            used[i] = True
+        if matching and rules[matching[0]].weight is not None:
+            assigned[name] = _assignment(name, leaf, rules[matching[0]])
+    if not all(used):
+        _raise_unmatched(rules, used, [name for name, _ in candidates])
+    return assigned
+
+
+def _is_candidate(leaf: Any) -> bool:
+    return is_qarray(leaf) or (len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _assignment(name: str, leaf: Any, rule: Rule) -> Assignment:
+    if is_qarray(leaf):
+        raise ConfigError(
+            f"{name} is already quantized to {leaf.format}; quantize the original weights, or leave "
+            f"it alone with ignore=[{name!r}]"
+        )
+    axis = rule.contract_axis
+    if axis is None:
+        # Embedding tables are [vocabulary, features] and used as [out, in] when tied.
+        if name.rpartition(".")[2] not in ("weight", "embedding"):
+            raise ConfigError(
+                f"which axis of {name} {tuple(leaf.shape)} contracts is not known: only leaves "
+                "called 'weight' are [out, in] by convention. Say contract_axis=-2 for [in, out] "
+                "kernels or -1 for [out, in], in the Rule or as preset(..., contract_axis=-2)"
+            )
+        axis = -1
+    try:
+        scale_shape(tuple(leaf.shape), block_for(rule.granularity, rule.group_size, axis))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    return Assignment(rule=rule, axis=axis)
+
+
+def _raise_unmatched(rules: list[Rule], used: list[bool], names: list[str]) -> None:
+    unused = [repr(rule.path) for rule, hit in zip(rules, used, strict=True) if not hit]
+    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    raise ConfigError(
+        f"no weight matches {', '.join(unused)}. Patterns are searched in dotted names; those of "
+        f"weights with two or more axes here: {some or 'none'}. Embeddings, norms and lm_head are "
+        "reached only by a pattern that spells the word"
+    )

@@ -1,0 +1,53 @@
+"""The linear layer every model is made of."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qjax import ops
+from qjax.qarray import is_qarray
+
+
+class Linear(nnx.Module):
+    """y = x @ weight.T + bias, with weight [out, in] an array or a QArray.
+
+    Attributes:
+      weight: Param, [out, in]; its name is what quantization rules find.
+      bias: Param [out], or None.
+      dtype: the type to compute in; None: the type of x.
+      observe: static; while True, each call sows the largest magnitude of each input feature
+        (float32 [in]) as an Intermediate named 'amax'. `qjax.calibrate` sets it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = False,
+        param_dtype: jnp.dtype = jnp.float32,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = jax.nn.initializers.normal(0.02)
+        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if use_bias else nnx.data(None)
+        self.dtype = dtype
+        self.observe = False
+
+    def __call__(self, x: jax.Array, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        """x [..., in] -> [..., out], in out_dtype, else the dtype computed in."""
+        x = x if self.dtype is None else x.astype(self.dtype)
+        if self.observe:
+            amax = jnp.max(jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1]), axis=0)
+            self.sow(nnx.Intermediate, "amax", amax)
+        bias = None if self.bias is None else self.bias.get_value()
+        return ops.linear(x, self.weight.get_value(), bias, out_dtype=out_dtype)
+
+
+def result_dtype(dtype: jnp.dtype | None, x: jax.Array, weight: ops.Weight) -> jnp.dtype:
+    """The type a Flax layer computes in: its `dtype`, or what x and its weight promote to."""
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    own = weight.dtype
+    return jnp.promote_types(x.dtype, jnp.dtype(own) if is_qarray(weight) else own)

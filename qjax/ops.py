@@ -1,0 +1,158 @@
+"""The operations models are written in, on arrays and QArrays. The only importer of qjax_kernels.
+
+Dispatch is explicit and readable: on the type of the weight, its format, and what it does to its
+input.
+"""
+
+import jax
+import jax.numpy as jnp
+from qjax_kernels import scaled_gemm, weight_only_gemm
+
+from qjax import numerics
+from qjax.qarray import InputSpec, QArray, dequantize, is_qarray
+
+Weight = jax.Array | QArray
+
+
+def linear(
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None = None,
+    *,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """y = x @ weight.T + bias.
+
+    Args:
+      x: [..., in], floating point.
+      weight: [out, in], an array (cast to the dtype of x) or a QArray with its InputSpec.
+      bias: [out] or None.
+      out_dtype: of the result; None: the dtype of x.
+      implementation: of the quantized product: a name of its kernel's table, or None.
+
+    Returns:
+      [..., out]. Sums are float32, or exact int32 for int8 x int8.
+    """
+    out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if not is_qarray(weight):
+        contract = (((x.ndim - 1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(
+            x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32
+        ).astype(out_dtype)
+    else:
+        y = _quantized_linear(x, weight, out_dtype, implementation)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _quantized_linear(
+    x: jax.Array, weight: QArray, out_dtype: jnp.dtype, implementation: str | None
+) -> jax.Array:
+    values = weight.values if weight.axis == -1 else weight.values.swapaxes(-1, -2)
+    scale = weight.scale if weight.axis == -1 else weight.scale.swapaxes(-1, -2)
+    zero = weight.zero_point
+    if zero is not None and weight.axis == -2:
+        zero = zero.swapaxes(-1, -2)
+    if weight.global_scale is not None:
+        scale = scale.astype(jnp.float32) * weight.global_scale
+    spec = weight.input
+    if spec is not None:
+        x = _transform_input(x, spec)
+    if spec is None or spec.format is None:
+        return weight_only_gemm(
+            x, values, scale, zero, out_dtype=out_dtype, implementation=implementation
+        )
+    x_values, x_scale = quantize_activations(x, spec)
+    return scaled_gemm(
+        x_values, x_scale, values, scale, out_dtype=out_dtype, implementation=implementation
+    )
+
+
+def _transform_input(x: jax.Array, spec: InputSpec) -> jax.Array:
+    if spec.perm is not None:
+        x = jnp.take(x, spec.perm, axis=-1)
+    if spec.pre_scale is not None:
+        x = x * spec.pre_scale.astype(x.dtype)
+    return x
+
+
+def quantize_activations(x: jax.Array, spec: InputSpec) -> tuple[jax.Array, jax.Array]:
+    """Activations -> (values, scale) in the format of `spec`.
+
+    Args:
+      x: [..., in].
+
+    Returns:
+      values [..., in], and scale: float32 [] (per_tensor) or [..., 1] (per_token).
+    """
+    assert spec.format is not None
+    fmt = numerics.get_format(spec.format)
+    x = x.astype(jnp.float32)
+    if spec.scale is not None:
+        scale = spec.scale
+    else:
+        per_token = spec.granularity == "per_token"
+        amax = jnp.max(jnp.abs(x), axis=-1 if per_token else None, keepdims=per_token)
+        scale = numerics.scale_from_amax(amax, fmt)
+    return numerics.round_to_format(x / scale, fmt), scale
+
+
+def embed(ids: jax.Array, table: Weight) -> jax.Array:
+    """Rows of an embedding table: int32 [...] -> [..., features] in the table's (logical) dtype."""
+    if not is_qarray(table):
+        return jnp.take(table, ids, axis=0)
+    if table.block[0] != 1 or table.axis != -1:
+        return jnp.take(dequantize(table), ids, axis=0)
+    # Only the rows that are looked up are dequantized.
+    flat = ids.reshape(-1)
+    take = jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else jnp.take(leaf, flat, axis=0), table)
+    return dequantize(take).reshape(*ids.shape, table.shape[-1])
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32; arXiv:1910.07467 eq. 4.
+
+    Args:
+      x: [..., features].
+      scale: [features].
+      eps: added to the mean square.
+    """
+    x32 = x.astype(jnp.float32)
+    rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * rms).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary position embedding, halves convention (Hugging Face Llama); arXiv:2104.09864.
+
+    Args:
+      x: [batch, tokens, heads, head_dim].
+      cos, sin: float32 [batch, tokens, head_dim/2].
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    """Causal grouped-query attention over cached or fresh keys; softmax in float32.
+
+    Args:
+      q: [batch, tokens, heads, head_dim].
+      k, v: [batch, kv_heads, length, head_dim], index in `length` = position; heads is a
+        multiple of kv_heads.
+      positions: int32 [batch, tokens]; a query sees keys at positions up to its own.
+
+    Returns:
+      [batch, tokens, heads, head_dim].
+    """
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads, length = k.shape[1:3]
+    grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    visible = jnp.arange(length)[None, None, :] <= positions[:, :, None]
+    scores = jnp.where(visible[:, None, None], scores / head_dim**0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bkgts,bksd->btkgd", weights, v, preferred_element_type=jnp.float32)
+    return mixed.astype(q.dtype).reshape(batch, tokens, heads, head_dim)
