@@ -51,8 +51,8 @@ def _is_candidate(leaf: Any) -> bool:
 def _assignment(name: str, leaf: Any, rule: Rule) -> Assignment:
     if is_qarray(leaf):
         raise ConfigError(
-            f"{name} is already quantized to {leaf.format}; quantize the original weights, or leave "
-            f"it alone with ignore=[{name!r}]"
+            f"{name} is already quantized to {leaf.format}; quantize the original weights, or "
+            f"leave it alone with ignore=[{name!r}]"
         )
     axis = rule.contract_axis
     if axis is None:

@@ -89,8 +89,8 @@ class Rule:
             )
         if act.bits != 8 or self.granularity == "per_group" or not self.symmetric:
             raise ConfigError(
-                f"act {self.act!r} needs an 8-bit symmetric weight, per_channel or per_tensor; this "
-                f"rule says granularity={self.granularity!r}, symmetric={self.symmetric}"
+                f"act {self.act!r} needs an 8-bit symmetric weight, per_channel or per_tensor; this"
+                f" rule says granularity={self.granularity!r}, symmetric={self.symmetric}"
             )
         if self.act_scale == "static" and self.act_granularity != "per_tensor":
             raise ConfigError(

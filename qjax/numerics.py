@@ -37,9 +37,7 @@ class Format:
 def _integer(bits: int) -> Format:
     dtype = jnp.dtype(f"int{bits}")
     high = 2 ** (bits - 1) - 1
-    return Format(
-        name=dtype.name, dtype=dtype, bits=bits, min=-high - 1, max=high, is_integer=True
-    )
+    return Format(name=dtype.name, dtype=dtype, bits=bits, min=-high - 1, max=high, is_integer=True)
 
 
 def _float8(name: str, dtype: jnp.dtype) -> Format:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from qjax_kernels import scaled_gemm, weight_only_gemm
 
 from qjax import numerics
-from qjax.qarray import InputSpec, QArray, dequantize, is_qarray
+from qjax.qarray import InputSpec, QArray, dequantize
 
 Weight = jax.Array | QArray
 
@@ -35,13 +35,13 @@ def linear(
       [..., out]. Sums are float32, or exact int32 for int8 x int8.
     """
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    if not is_qarray(weight):
+    if isinstance(weight, QArray):
+        y = _quantized_linear(x, weight, out_dtype, implementation)
+    else:
         contract = (((x.ndim - 1,), (1,)), ((), ()))
         y = jax.lax.dot_general(
             x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32
         ).astype(out_dtype)
-    else:
-        y = _quantized_linear(x, weight, out_dtype, implementation)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -99,14 +99,14 @@ def quantize_activations(x: jax.Array, spec: InputSpec) -> tuple[jax.Array, jax.
 
 def embed(ids: jax.Array, table: Weight) -> jax.Array:
     """Rows of an embedding table: int32 [...] -> [..., features] in the table's (logical) dtype."""
-    if not is_qarray(table):
+    if not isinstance(table, QArray):
         return jnp.take(table, ids, axis=0)
     if table.block[0] != 1 or table.axis != -1:
         return jnp.take(dequantize(table), ids, axis=0)
     # Only the rows that are looked up are dequantized.
     flat = ids.reshape(-1)
-    take = jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else jnp.take(leaf, flat, axis=0), table)
-    return dequantize(take).reshape(*ids.shape, table.shape[-1])
+    rows = jax.tree.map(lambda x: x if x.ndim == 0 else jnp.take(x, flat, axis=0), table)
+    return dequantize(rows).reshape(*ids.shape, table.shape[-1])
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

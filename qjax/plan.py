@@ -77,7 +77,8 @@ def plan(params: Any, cfg: QuantConfig) -> Plan:
         before = after = leaf
         if name in assigned:
             amax = jax.ShapeDtypeStruct((leaf.shape[assigned[name].axis],), jnp.float32)
-            after = jax.eval_shape(partial(quantize_leaf, how=assigned[name]), leaf, input_amax=amax)
+            quantized = partial(quantize_leaf, how=assigned[name])
+            after = jax.eval_shape(quantized, leaf, input_amax=amax)
         rows.append(
             PlanRow(
                 path=name,

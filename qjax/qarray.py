@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ class QArray:
         return self.block[self.axis]
 
 
-def is_qarray(x: object) -> bool:
+def is_qarray(x: object) -> TypeGuard[QArray]:
     """True for a QArray. Every traversal of a tree uses `is_leaf=is_qarray`."""
     return isinstance(x, QArray)
 

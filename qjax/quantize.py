@@ -89,8 +89,8 @@ def _require_stats(assigned: dict[str, Assignment], stats: Stats | None) -> None
     if missing:
         have = "none were given" if stats is None else f"stats has {len(stats)} other layers"
         raise DataError(
-            f"{missing[0]} (and {len(missing) - 1} more) gets a static activation scale, which needs "
-            f"calibration statistics, and {have}: call stats = qjax.calibrate(model, batches) and "
+            f"{missing[0]} (and {len(missing) - 1} more) gets a static activation scale from "
+            f"calibration statistics, but {have}: call stats = qjax.calibrate(model, batches) and "
             "quantize(params, cfg, stats)"
         )
     for name in needing:

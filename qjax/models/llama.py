@@ -36,7 +36,7 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     eos_token_id: tuple[int, ...] = ()
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:

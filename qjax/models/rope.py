@@ -66,9 +66,7 @@ def inverse_frequencies(cfg: RopeConfig, head_dim: int) -> np.ndarray:
     return base.astype(np.float32)
 
 
-def rope_table(
-    cfg: RopeConfig, head_dim: int, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def rope_table(cfg: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [batch, tokens, head_dim/2], for int32 positions [batch, tokens]."""
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(cfg, head_dim)
     return jnp.cos(angles), jnp.sin(angles)

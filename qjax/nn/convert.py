@@ -47,8 +47,8 @@ def convert(model: Model, *, skip: Sequence[str] = ()) -> Model:
 
 def _refuse(name: str, layer: Any, why: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{name or 'the model'} ({type(layer).__name__}) cannot be converted: {why}. Leave it alone "
-        f"with skip=[{name!r}]"
+        f"{name or 'the model'} ({type(layer).__name__}) cannot be converted: {why}. Leave it "
+        f"alone with skip=[{name!r}]"
     )
 
 
@@ -69,13 +69,13 @@ def _bias(layer: Any) -> jax.Array | None:
     return None if layer.bias is None else layer.bias.get_value().reshape(-1)
 
 
-def _linear(name: str, layer: nnx.Linear) -> General:
+def _linear(name: str, layer: Any) -> General:
     _check_plain(name, layer)
     kernel = layer.kernel.get_value()
     return General(kernel.T, _bias(layer), out_shape=(kernel.shape[1],), dtype=layer.dtype)
 
 
-def _linear_general(name: str, layer: nnx.LinearGeneral) -> General:
+def _linear_general(name: str, layer: Any) -> General:
     _check_plain(name, layer)
     if layer.batch_axis:
         raise _refuse(name, layer, f"batch_axis={dict(layer.batch_axis)} makes it many matrices")
@@ -92,7 +92,7 @@ def _linear_general(name: str, layer: nnx.LinearGeneral) -> General:
     )
 
 
-def _einsum(name: str, layer: nnx.Einsum) -> General:
+def _einsum(name: str, layer: Any) -> General:
     """'...D,DNH->...NH' and its like: some trailing axes of x contract, the rest stay in front."""
     _check_plain(name, layer)
     if layer.einsum_str is None:
@@ -127,7 +127,7 @@ def _einsum(name: str, layer: nnx.Einsum) -> General:
     )
 
 
-def _bias_in_result(layer: nnx.Einsum, result: str, rhs: str, outputs: list[str]) -> jax.Array:
+def _bias_in_result(layer: Any, result: str, rhs: str, outputs: list[str]) -> jax.Array:
     """The bias with one axis for each output label, in the order of `outputs`.
 
     Flax reshapes the bias to the result's kernel axes, in the order in which the result has them.
@@ -138,7 +138,7 @@ def _bias_in_result(layer: nnx.Einsum, result: str, rhs: str, outputs: list[str]
     return bias.transpose([labels.index(c) for c in outputs])
 
 
-def _embed(name: str, layer: nnx.Embed) -> Embed:
+def _embed(name: str, layer: Any) -> Embed:
     if layer.promote_dtype is not nnx.nn.dtypes.promote_dtype:
         raise _refuse(name, layer, "it has a dtype promotion of its own")
     new = Embed(1, 1, dtype=layer.dtype, rngs=nnx.Rngs(0))

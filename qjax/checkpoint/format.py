@@ -1,0 +1,156 @@
+"""qjax.json: what a checkpoint says about itself. The format is specified in checkpoints/README.md.
+
+Orbax stores arrays and no static metadata, and it restores silently into a target of another
+group size or dtype. So every leaf is recorded here, and the restore target is built from this
+record alone.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax import packing
+from qjax.errors import CheckpointError, ConfigError, DataError
+from qjax.qarray import InputSpec, QArray, is_qarray, validate
+
+FILE = "qjax.json"
+VERSION = 1
+
+# Data fields of a QArray, in the order in which they are written.
+_PARTS = ("values", "scale", "zero_point", "global_scale")
+_INPUT_PARTS = ("scale", "pre_scale", "perm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of qjax.json.
+
+    Attributes:
+      leaves: dotted name -> record of the leaf, see `record_leaf`.
+      model: {'model_type', 'config'}, or None for a bare tree.
+      quantization: QuantConfig.to_dict(), or None.
+      qjax_version: of the writer.
+    """
+
+    leaves: dict[str, dict[str, Any]]
+    model: dict[str, Any] | None
+    quantization: dict[str, Any] | None
+    qjax_version: str
+
+    def to_json(self) -> str:
+        head = {"format": "qjax", "format_version": VERSION}
+        return json.dumps(head | dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read and check `path`/qjax.json.
+
+        Raises:
+          CheckpointError: missing, not ours, damaged, or of a newer version.
+        """
+        file = path / FILE
+        if not path.is_dir():
+            raise CheckpointError(f"there is no checkpoint directory {path}; check the path")
+        if not file.is_file():
+            raise CheckpointError(
+                f"{path} has neither {FILE} (a qjax checkpoint) nor config.json (Hugging Face's)"
+            )
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} is damaged, not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != "qjax":
+            raise CheckpointError(f'{file} was not written by qjax: it lacks "format": "qjax"')
+        version = data.get("format_version")
+        if not isinstance(version, int) or version > VERSION:
+            raise CheckpointError(
+                f"{file} has format_version {version!r}; this qjax reads up to {VERSION}: upgrade "
+                f"qjax (the checkpoint was written by qjax {data.get('qjax_version')!r})"
+            )
+        fields = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in fields if name not in data]
+        if missing or not isinstance(data.get("leaves"), dict):
+            raise CheckpointError(f"{file} is damaged: it lacks {missing or 'a table of leaves'}")
+        return cls(**{name: data[name] for name in fields})
+
+
+def record_leaf(leaf: Any) -> dict[str, Any]:
+    """What qjax.json says of a leaf: shapes and dtypes on disk, and all static fields."""
+    if not is_qarray(leaf):
+        return {"kind": "array", "parts": {"": _record_array(leaf)}}
+    parts = {name: array for name, array in split_qarray(leaf).items()}
+    spec = leaf.input
+    return {
+        "kind": "qarray",
+        "format": leaf.format,
+        "block": list(leaf.block),
+        "dtype": leaf.dtype,
+        "axis": leaf.axis,
+        "layout": leaf.layout,
+        "input": None if spec is None else {"format": spec.format, "granularity": spec.granularity},
+        "parts": {name: _record_array(array) for name, array in parts.items()},
+    }
+
+
+def split_qarray(q: QArray) -> dict[str, Any]:
+    """The arrays of a QArray by part name, as they are in memory; absent parts are left out."""
+    parts = {name: getattr(q, name) for name in _PARTS}
+    if q.input is not None:
+        parts |= {f"input.{name}": getattr(q.input, name) for name in _INPUT_PARTS}
+    return {name: array for name, array in parts.items() if array is not None}
+
+
+def join_qarray(name: str, record: dict[str, Any], parts: dict[str, Any]) -> QArray:
+    """Inverse of `split_qarray`, with the static fields of `record`; validated."""
+    try:
+        spec = record["input"]
+        if spec is not None:
+            spec = InputSpec(
+                format=spec["format"],
+                granularity=spec["granularity"],
+                **{p: parts.get(f"input.{p}") for p in _INPUT_PARTS},
+            )
+        q = QArray(
+            **{p: parts.get(p) for p in _PARTS},
+            input=spec,
+            format=record["format"],
+            block=tuple(record["block"]),
+            dtype=record["dtype"],
+            axis=record["axis"],
+            layout=record["layout"],
+        )
+        validate(q, name)
+    except (KeyError, TypeError, AttributeError, ConfigError, DataError) as error:
+        raise CheckpointError(f"{FILE} is damaged at leaf {name}: {error!r}") from error
+    return q
+
+
+def _record_array(array: Any) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(array.dtype).name, "shape": list(array.shape)}
+
+
+def array_spec(name: str, record: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    """The array a record describes, as it is in memory."""
+    try:
+        return jax.ShapeDtypeStruct(
+            tuple(int(n) for n in record["shape"]), jnp.dtype(record["dtype"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{FILE} is damaged at array {name}: {error!r}") from error
+
+
+def is_packed(array: Any) -> bool:
+    """Whether an array of this dtype is packed two to a byte on disk."""
+    return array.dtype == jnp.int4
+
+
+def disk_spec(array: Any) -> jax.ShapeDtypeStruct:
+    """The array as it lies on disk: int4 packed in uint8, everything else as it is."""
+    if is_packed(array):
+        return jax.ShapeDtypeStruct(packing.packed_shape(array.shape), np.dtype(np.uint8))
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)

@@ -1,0 +1,118 @@
+"""Reading Hugging Face directories: config.json and *.safetensors. No pickle, no remote code."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from safetensors import SafetensorError, safe_open
+
+from qjax.checkpoint.orbax import fill
+from qjax.errors import CheckpointError
+from qjax.models.registry import Family
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The contents of config.json.
+
+    Raises:
+      CheckpointError: missing, damaged, or of a model that is quantized already.
+    """
+    data = _read_json(path / "config.json")
+    if "quantization_config" in data:
+        method = data["quantization_config"].get("quant_method")
+        raise CheckpointError(
+            f"{path} is quantized already (quant_method {method!r}), which qjax does not read yet; "
+            "load the original checkpoint and quantize it"
+        )
+    if not isinstance(data.get("model_type"), str):
+        raise CheckpointError(f"{path / 'config.json'} names no model_type")
+    return data
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return data
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model, from its index if it has one.
+
+    Raises:
+      CheckpointError: none there, or the index names a file that is missing or outside `path`.
+    """
+    if (path / INDEX).is_file():
+        weight_map = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{path / INDEX} has no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+        for name in names:
+            if Path(name).name != name or not (path / name).is_file():
+                raise CheckpointError(f"{path / INDEX} names {name!r}, which is not in {path}")
+        return [path / name for name in names]
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    others = [f.name for f in path.glob("*.bin")] + [f.name for f in path.glob("*.pt")]
+    hint = f"; {others[0]} is a pickle, which qjax never opens: convert it" if others else ""
+    raise CheckpointError(f"{path} has no {SINGLE} and no {INDEX}{hint}")
+
+
+def load_state(
+    path: Path,
+    family: Family,
+    abstract_state: Any,
+    dtype: jnp.dtype | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """Stream the weights of `path` into the structure of `abstract_state`.
+
+    Args:
+      dtype: of the floating-point weights; None: as stored.
+      progress: called as progress(done, total) after each file.
+
+    Raises:
+      CheckpointError: a truncated file; names or shapes that are not the model's.
+    """
+    leaves: dict[str, Any] = {}
+    files = weight_files(path)
+    for done, file in enumerate(files, 1):
+        try:
+            with safe_open(file, "np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    ours = rename(name, family)
+                    if ours is not None:
+                        array = jnp.asarray(tensors.get_tensor(name))
+                        leaves[ours] = array if dtype is None else array.astype(dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
+        if progress is not None:
+            progress(done, len(files))
+    if "lm_head.weight" in leaves and abstract_state_lacks(abstract_state, "lm_head"):
+        # Tied models are sometimes stored with their head; it equals the embedding.
+        del leaves["lm_head.weight"]
+    return fill(abstract_state, leaves, str(path))
+
+
+def abstract_state_lacks(state: Any, key: str) -> bool:
+    """Whether the top level of an NNX state has nothing under `key`."""
+    return key not in state or not state[key]
+
+
+def rename(name: str, family: Family) -> str | None:
+    """Our name of a Hugging Face parameter; None for buffers that are computed, not loaded."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return None
+    for pattern, replacement in family.hf_names:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    raise CheckpointError(f"tensor {name!r} belongs to no part of the model")

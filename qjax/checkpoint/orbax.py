@@ -1,0 +1,233 @@
+"""Saving and restoring any tree of arrays and QArrays: an Orbax directory beside qjax.json."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from qjax import packing
+from qjax._version import __version__
+from qjax.checkpoint import format as fmt
+from qjax.config import QuantConfig
+from qjax.errors import CheckpointError
+from qjax.qarray import is_qarray
+from qjax.tree import map_named, named_leaves
+
+ARRAYS = "arrays"
+
+ShardingFor = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+
+
+def save(
+    path: str | os.PathLike[str],
+    params: Any,
+    *,
+    config: QuantConfig | None = None,
+    model: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a tree of arrays and QArrays to the directory `path`.
+
+    Atomic: everything is written to a hidden sibling directory, which takes the name `path` only
+    when it is complete, so an interrupted save leaves nothing that loads.
+
+    Args:
+      path: must not exist, unless `overwrite` and it is a qjax checkpoint.
+      params: any pytree; int4 leaves take 4 bits on disk.
+      config: the recipe, recorded in qjax.json.
+      model: {'model_type', 'config'}, recorded in qjax.json.
+      extra: called with the unfinished directory, to add files (a tokenizer).
+
+    Raises:
+      CheckpointError: `path` exists, or is something else than a checkpoint.
+    """
+    path = Path(path).absolute()
+    leaves = dict(named_leaves(params))
+    if not leaves:
+        raise CheckpointError(f"nothing to save to {path}: the tree has no leaves")
+    manifest = fmt.Manifest(
+        leaves={name: fmt.record_leaf(leaf) for name, leaf in leaves.items()},
+        model=model,
+        quantization=None if config is None else config.to_dict(),
+        qjax_version=__version__,
+    )
+    with _replacing(path, overwrite) as unfinished:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(unfinished / ARRAYS, _to_disk(leaves))
+        if extra is not None:
+            extra(unfinished)
+        (unfinished / fmt.FILE).write_text(manifest.to_json(), encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A fresh directory that becomes `path` if the block ends well, and is removed if not."""
+    old = None
+    if path.exists():
+        ours = path.is_dir() and ((path / fmt.FILE).is_file() or not any(path.iterdir()))
+        if not overwrite or not ours:
+            why = "pass overwrite=True" if ours else "it is no qjax checkpoint: choose another path"
+            raise CheckpointError(f"{path} exists already; {why}")
+        old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished-{secrets.token_hex(4)}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if old is not None:
+            path.rename(old)
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def restore(
+    path: str | os.PathLike[str],
+    like: Any = None,
+    *,
+    sharding: ShardingFor | jax.sharding.Sharding | None = None,
+) -> Any:
+    """Read what `save` wrote, bit for bit.
+
+    Args:
+      path: a checkpoint directory.
+      like: a pytree with the names of the saved one (NNX state, dict; concrete or abstract,
+        quantized or not): the result has its structure. None: a flat dict, dotted name -> leaf.
+      sharding: where arrays go, straight from disk: one sharding for all, or a function of
+        (name of the array, its ShapeDtypeStruct), names as in 'mlp.up_proj.weight.values'.
+        None: the default device.
+
+    Returns:
+      the leaves, arrays and QArrays.
+
+    Raises:
+      CheckpointError: missing, foreign, truncated or newer; or its names are not those of `like`.
+    """
+    path = Path(path).absolute()
+    manifest = fmt.Manifest.read(path)
+    arrays = _read_arrays(path, _expected(manifest), _sharding_function(sharding))
+    leaves = {name: _join(name, record, arrays) for name, record in manifest.leaves.items()}
+    return leaves if like is None else fill(like, leaves, str(path))
+
+
+def fill(like: Any, leaves: Mapping[str, Any], source: str) -> Any:
+    """The tree `like` with its leaves replaced by those of the same name.
+
+    Raises:
+      CheckpointError: if names or logical shapes differ, listing some.
+    """
+    wanted = dict(named_leaves(like))
+    problems = [f"lacks {name}" for name in wanted if name not in leaves]
+    problems += [f"has {name}, which the model lacks" for name in leaves if name not in wanted]
+    problems += [
+        f"has {name} of shape {tuple(leaves[name].shape)}, the model {tuple(leaf.shape)}"
+        for name, leaf in wanted.items()
+        if name in leaves and tuple(leaves[name].shape) != tuple(leaf.shape)
+    ]
+    if problems:
+        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
+        raise CheckpointError(
+            f"{source} does not fit the model: it " + "; it ".join(problems[:4]) + more
+        )
+    return map_named(lambda name, _: leaves[name], like)
+
+
+def _array_names(name: str, leaf_parts: Any) -> dict[str, str]:
+    """Part name -> name of the array on disk."""
+    return {part: f"{name}.{part}" if part else name for part in leaf_parts}
+
+
+def _to_disk(leaves: dict[str, Any]) -> dict[str, Any]:
+    arrays = {}
+    for name, leaf in leaves.items():
+        parts = fmt.split_qarray(leaf) if is_qarray(leaf) else {"": leaf}
+        names = _array_names(name, parts)
+        for part, array in parts.items():
+            arrays[names[part]] = packing.pack_int4(array) if fmt.is_packed(array) else array
+    return arrays
+
+
+def _expected(manifest: fmt.Manifest) -> dict[str, jax.ShapeDtypeStruct]:
+    """Array name -> what it is in memory, from qjax.json."""
+    expected = {}
+    for name, record in manifest.leaves.items():
+        parts = record.get("parts") if isinstance(record, dict) else None
+        if not isinstance(parts, dict):
+            raise CheckpointError(f"{fmt.FILE} is damaged at leaf {name}: it lists no arrays")
+        for part, array_name in _array_names(name, parts).items():
+            expected[array_name] = fmt.array_spec(array_name, parts[part])
+    return expected
+
+
+def _read_arrays(
+    path: Path, expected: dict[str, jax.ShapeDtypeStruct], sharding_for: ShardingFor
+) -> dict[str, jax.Array]:
+    """Restore exactly the expected arrays; on-disk names, dtypes and shapes are compared first."""
+    if not (path / ARRAYS).is_dir():
+        raise CheckpointError(f"{path} is truncated: its directory {ARRAYS!r} is missing")
+    on_disk = {name: fmt.disk_spec(spec) for name, spec in expected.items()}
+    target = {
+        name: jax.ShapeDtypeStruct(
+            spec.shape, spec.dtype, sharding=sharding_for(name, expected[name])
+        )
+        for name, spec in on_disk.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = checkpointer.metadata(path / ARRAYS).item_metadata.tree
+            _compare(path, on_disk, found)
+            arrays = checkpointer.restore(path / ARRAYS, target)
+    except CheckpointError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
+        raise CheckpointError(
+            f"{path} is truncated or damaged; its arrays cannot be read: {str(error)[:300]}"
+        ) from error
+    return {
+        name: _unpack(array, target[name].sharding) if fmt.is_packed(expected[name]) else array
+        for name, array in arrays.items()
+    }
+
+
+def _unpack(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """uint8 -> int4 with the same sharding: the last axis doubles, shards keep their parts."""
+    return jax.jit(packing.unpack_int4, out_shardings=sharding)(array)
+
+
+def _compare(path: Path, expected: dict[str, jax.ShapeDtypeStruct], found: Any) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not in {fmt.FILE}" for name in found if name not in expected]
+    for name, spec in expected.items():
+        if name in found:
+            have = (tuple(found[name].shape), np.dtype(found[name].dtype))
+            if have != (spec.shape, np.dtype(spec.dtype)):
+                problems.append(f"{name} is {have}, {fmt.FILE} says {(spec.shape, spec.dtype)}")
+    if problems:
+        raise CheckpointError(
+            f"{path} does not hold what its {fmt.FILE} says: {'; '.join(problems[:4])}"
+        )
+
+
+def _join(name: str, record: dict[str, Any], arrays: dict[str, jax.Array]) -> Any:
+    names = _array_names(name, record["parts"])
+    if record.get("kind") == "array":
+        return arrays[name]
+    return fmt.join_qarray(name, record, {part: arrays[at] for part, at in names.items()})
+
+
+def _sharding_function(sharding: ShardingFor | jax.sharding.Sharding | None) -> ShardingFor:
+    if callable(sharding):
+        return sharding
+    one = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return lambda name, spec: one

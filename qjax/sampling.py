@@ -1,0 +1,56 @@
+"""Choosing the next token from logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from qjax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. Hashable: it is part of what is compiled.
+
+    Attributes:
+      temperature: 0 takes the largest logit (greedy); else logits are divided by it.
+      top_k: keep the k largest logits; None keeps all.
+      top_p: keep the fewest most likely tokens whose probabilities, after temperature and top_k,
+        reach p (the one that crosses is kept); None keeps all. arXiv:1904.09751.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise DataError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise DataError(f"top_k is {self.top_k}; it must be 1 or more, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise DataError(f"top_p is {self.top_p}; it must be in (0, 1], or None")
+
+
+def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
+    """float32 logits [batch, vocab] -> int32 tokens [batch]; rows are drawn independently."""
+    if how.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    kept = filter_logits(logits / how.temperature, how)
+    return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
+
+
+def filter_logits(logits: jax.Array, how: Sampling) -> jax.Array:
+    """Logits with -inf for every token that top_k and top_p exclude. Ties at the edge stay."""
+    if how.top_k is None and how.top_p is None:
+        return logits
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    keep = jnp.ones(ordered.shape, bool)
+    if how.top_k is not None:
+        keep = keep & (jnp.arange(ordered.shape[-1]) < how.top_k)
+    if how.top_p is not None:
+        probabilities = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        keep = keep & (before < how.top_p)
+    lowest = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)

@@ -1,0 +1,26 @@
+"""Strict JAX in every test: no silent dtype promotion, and warnings are errors."""
+
+import os
+from pathlib import Path
+
+# Before JAX is imported: a CPU with several devices, so that shardings are real.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_DEVICES = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Real checkpoints with reference logits, which lie beside the project, not in it."""
+    path = SHARED / "fixtures" / "architectures"
+    if not path.is_dir():
+        pytest.skip(f"the reference checkpoints are not at {path}: a public clone has none")
+    return path
