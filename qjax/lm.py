@@ -56,6 +56,17 @@ class LanguageModel:
         """(graph definition, state): what jitted functions take."""
         return nnx.split(self.model)
 
+    def with_state(self, state: Any, quantization: QuantConfig | None) -> "LanguageModel":
+        """A copy with other weights: `state` as `quantize` returns it for `split()[1]`."""
+        graphdef, _ = self.split()
+        return LanguageModel(
+            nnx.merge(graphdef, state),
+            self.config,
+            model_type=self.model_type,
+            tokenizer=self.tokenizer,
+            quantization=quantization,
+        )
+
     def __call__(self, input_ids: Any) -> jax.Array:
         """Token ids [batch, seq] -> float32 logits [batch, seq, vocab].
 
@@ -64,6 +75,12 @@ class LanguageModel:
         """
         ids = self.check_ids(input_ids)
         return _forward(*self.split(), ids)
+
+    def require_tokenizer(self, purpose: str) -> Any:
+        """The tokenizer, or DataError saying what needs it."""
+        if self.tokenizer is None:
+            raise DataError(f"{purpose} needs a tokenizer, and this checkpoint has none")
+        return self.tokenizer
 
     def check_ids(self, input_ids: Any) -> jax.Array:
         """input_ids as int32 [batch, seq], or DataError saying what is wrong with them."""
@@ -298,11 +315,5 @@ def quantize_model(
     stats = None
     if cfg.needs_stats and batches is not None:
         stats = calibrate(lm.model, batches)
-    graphdef, state = lm.split()
-    return LanguageModel(
-        nnx.merge(graphdef, quantize(state, cfg, stats, progress=progress)),
-        lm.config,
-        model_type=lm.model_type,
-        tokenizer=lm.tokenizer,
-        quantization=cfg,
-    )
+    _, state = lm.split()
+    return lm.with_state(quantize(state, cfg, stats, progress=progress), cfg)

@@ -6,12 +6,19 @@ input.
 
 import jax
 import jax.numpy as jnp
-from qjax_kernels import scaled_gemm, weight_only_gemm
+from qjax_kernels.scaled_gemm import api as scaled
+from qjax_kernels.weight_only_gemm import api as weight_only
 
 from qjax import numerics
 from qjax.qarray import InputSpec, QArray, dequantize
 
 Weight = jax.Array | QArray
+
+# Kernel op -> its implementations, best first; `qjax info` shows them.
+KERNELS: dict[str, tuple[str, ...]] = {
+    "weight_only_gemm": tuple(weight_only.IMPLEMENTATIONS),
+    "scaled_gemm": tuple(scaled.IMPLEMENTATIONS),
+}
 
 
 def linear(
@@ -59,11 +66,11 @@ def _quantized_linear(
     if spec is not None:
         x = _transform_input(x, spec)
     if spec is None or spec.format is None:
-        return weight_only_gemm(
+        return weight_only.weight_only_gemm(
             x, values, scale, zero, out_dtype=out_dtype, implementation=implementation
         )
     x_values, x_scale = quantize_activations(x, spec)
-    return scaled_gemm(
+    return scaled.scaled_gemm(
         x_values, x_scale, values, scale, out_dtype=out_dtype, implementation=implementation
     )
 

@@ -10,6 +10,9 @@ import hashlib
 import platform
 import sysconfig
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from qjax.errors import DataError
 
@@ -144,3 +147,34 @@ def read_modules(modules: tuple[str, ...], root: Path | None = None) -> Text:
         python=platform.python_version(),
         sha256=digest.hexdigest(),
     )
+
+
+def token_windows(text: Text, tokenizer: Any, *, count: int, seq_len: int) -> np.ndarray:
+    """Cut documents into windows of tokens and take some, evenly spread over all of them.
+
+    Windows do not overlap and do not cross documents; what is left at a document's end is unused.
+    No special tokens are added.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      count: number of windows.
+      seq_len: tokens in each, 2 or more.
+
+    Returns:
+      int32 [count, seq_len].
+
+    Raises:
+      DataError: the text holds fewer windows than `count`.
+    """
+    if count < 1 or seq_len < 2:
+        raise DataError(f"{count} windows of {seq_len} tokens: need 1 or more of 2 or more tokens")
+    windows = []
+    for document in text.documents:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        windows += [ids[at : at + seq_len] for at in range(0, len(ids) - seq_len + 1, seq_len)]
+    if len(windows) < count:
+        raise DataError(
+            f"the text holds {len(windows)} windows of {seq_len} tokens, not {count}; ask for fewer"
+        )
+    chosen = np.linspace(0, len(windows) - 1, count).round().astype(int)
+    return np.asarray([windows[i] for i in chosen], np.int32)

@@ -1,0 +1,49 @@
+# Each target sets up .venv by itself. `make demo` and `make test` are all a newcomer needs.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-newest lint format clean
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+help:
+	@echo "make demo    quantize the reference model to four formats and compare them"
+	@echo "make test    run all tests"
+	@echo "make lint    ruff and mypy"
+
+demo: $(VENV)/.run
+	$(BIN)/qjax compare --presets fp8,int8_wo,int8,int4_wo --samples --html demo/index.html
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --dist worksteal -q
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The same tests on the newest versions that pyproject.toml allows, without the constraints.
+test-newest: $(VENV)-newest/.test
+	$(VENV)-newest/bin/python -m pytest -n auto --dist worksteal -q -m "not heavy"
+
+$(VENV)/bin/python $(VENV)-newest/bin/python: %/bin/python:
+	@python=$$(PYTHON="$(PYTHON)" scripts/find-python) && echo "creating $* with $$python" && \
+	    "$$python" -m venv $*
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[test]"
+	@touch $@ $(VENV)/.run
+
+$(VENV)-newest/.test: pyproject.toml | $(VENV)-newest/bin/python
+	$(VENV)-newest/bin/python -m pip install $(PIP_FLAGS) --upgrade -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-newest demo build dist *.egg-info

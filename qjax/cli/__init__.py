@@ -1,0 +1,56 @@
+"""The command line: `qjax quantize | generate | eval | compare | info`.
+
+argparse, because it is in the standard library, starts at once and ends wrong usage with exit code
+2. Everything heavy is imported by the verb that runs.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from qjax._version import __version__
+from qjax.cli import compare, evaluate, generate, info, quantize
+from qjax.errors import QJaxError
+
+VERBS = {
+    "quantize": quantize,
+    "generate": generate,
+    "eval": evaluate,
+    "compare": compare,
+    "info": info,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(prog="qjax", description="Quantize language models in JAX.")
+    parser.add_argument("--version", action="version", version=f"qjax {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, module in VERBS.items():
+        sub = verbs.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print JSON on standard output")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 for input that cannot be used."""
+    args = build_parser().parse_args(argv)
+    # transformers is here for its tokenizers; that torch is absent is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        VERBS[args.verb].run(args)
+    except QJaxError as error:
+        print(f"qjax {args.verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    return 0

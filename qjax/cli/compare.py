@@ -1,0 +1,55 @@
+"""qjax compare: one model in several formats, quality beside size beside speed."""
+
+import argparse
+from pathlib import Path
+
+from qjax.cli.common import add_model, load_model, print_json, print_table, progress_bars
+from qjax.cli.evaluate import add_windows
+
+HELP = "quantize to several formats and compare quality, size and speed"
+EXAMPLES = """examples:
+  qjax compare --presets fp8,int8_wo,int8,int4_wo
+  qjax compare --presets int4_wo --html report/index.html --keep checkpoints-of-each"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    add_model(parser)
+    add_windows(parser)
+    parser.add_argument(
+        "--presets",
+        default="fp8,int8_wo,int8,int4_wo",
+        help="comma-separated names (default: %(default)s)",
+    )
+    parser.add_argument("--samples", action="store_true", help="print the sample of each format")
+    parser.add_argument("--html", type=Path, help="also write a page with plots")
+    parser.add_argument("--keep", type=Path, help="leave the checkpoint of each format here")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare, then print the table, and write the page."""
+    from qjax.evaluate.compare import compare
+    from qjax.evaluate.report import COLUMNS, SPEED_NOTE, table_rows, write_report
+
+    lm = load_model(args)
+    names = [name for name in args.presets.split(",") if name]
+    with progress_bars() as progress:
+        result = compare(
+            lm,
+            names,
+            sequences=args.sequences,
+            seq_len=args.seq_len,
+            directory=args.keep,
+            progress=progress,
+        )
+    files = write_report(result, args.html) if args.html is not None else []
+    if args.json:
+        print_json(result.to_dict())
+        return
+    if args.samples:
+        for row in (result.baseline, *result.rows):
+            print(f"--- {row.preset}\n{result.setup['prompt']}{row.sample}\n")
+    print_table(COLUMNS, table_rows(result))
+    print(SPEED_NOTE)
+    for file in files[:1]:
+        print(f"The same with plots: {file}")
