@@ -3,7 +3,7 @@
 .PHONY: help demo test test-newest lint format clean
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_FLAGS := --quiet --disable-pip-version-check
+PIP_FLAGS := -qq --disable-pip-version-check
 
 help:
 	@echo "make demo    quantize the reference model to four formats and compare them"

@@ -6,6 +6,7 @@ record alone.
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Self
@@ -34,10 +35,12 @@ class Manifest:
       leaves: dotted name -> record of the leaf, see `record_leaf`.
       model: {'model_type', 'config'}, or None for a bare tree.
       quantization: QuantConfig.to_dict(), or None.
+      files: path in the checkpoint -> {'bytes', 'sha256'}, for all files that hold arrays.
       qjax_version: of the writer.
     """
 
     leaves: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]
     model: dict[str, Any] | None
     quantization: dict[str, Any] | None
     qjax_version: str
@@ -74,9 +77,44 @@ class Manifest:
             )
         fields = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in fields if name not in data]
-        if missing or not isinstance(data.get("leaves"), dict):
-            raise CheckpointError(f"{file} is damaged: it lacks {missing or 'a table of leaves'}")
+        tables = [name for name in ("leaves", "files") if not isinstance(data.get(name), dict)]
+        if missing or tables:
+            raise CheckpointError(f"{file} is damaged: it lacks {', '.join(missing or tables)}")
         return cls(**{name: data[name] for name in fields})
+
+
+def record_files(root: Path, folder: str) -> dict[str, dict[str, Any]]:
+    """Size and digest of each file under `root`/`folder`, by its path in `root`."""
+    return {
+        file.relative_to(root).as_posix(): {"bytes": file.stat().st_size, "sha256": _digest(file)}
+        for file in sorted((root / folder).rglob("*"))
+        if file.is_file()
+    }
+
+
+def verify_files(root: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raise CheckpointError naming the first file that is missing, truncated or changed."""
+    for name, record in files.items():
+        file = root / name
+        if not file.is_file():
+            raise CheckpointError(f"{root} is truncated: its file {name} is missing")
+        try:
+            if file.stat().st_size != record["bytes"]:
+                raise CheckpointError(
+                    f"{file} is truncated or damaged: it has {file.stat().st_size} bytes, "
+                    f"{FILE} says {record['bytes']}; copy it again"
+                )
+            if _digest(file) != record["sha256"]:
+                raise CheckpointError(
+                    f"{file} is damaged: its SHA-256 is not the one in {FILE}; copy it again"
+                )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{FILE} is damaged at file {name}: {error!r}") from error
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def record_leaf(leaf: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,18 @@ def save(
     leaves = dict(named_leaves(params))
     if not leaves:
         raise CheckpointError(f"nothing to save to {path}: the tree has no leaves")
-    manifest = fmt.Manifest(
-        leaves={name: fmt.record_leaf(leaf) for name, leaf in leaves.items()},
-        model=model,
-        quantization=None if config is None else config.to_dict(),
-        qjax_version=__version__,
-    )
     with _replacing(path, overwrite) as unfinished:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(unfinished / ARRAYS, _to_disk(leaves))
         if extra is not None:
             extra(unfinished)
+        manifest = fmt.Manifest(
+            leaves={name: fmt.record_leaf(leaf) for name, leaf in leaves.items()},
+            files=fmt.record_files(unfinished, ARRAYS),
+            model=model,
+            quantization=None if config is None else config.to_dict(),
+            qjax_version=__version__,
+        )
         (unfinished / fmt.FILE).write_text(manifest.to_json(), encoding="utf-8")
 
 
@@ -116,6 +118,8 @@ def restore(
     """
     path = Path(path).absolute()
     manifest = fmt.Manifest.read(path)
+    # Before Orbax sees a byte: it reports damage late, and not for every kind of it.
+    fmt.verify_files(path, manifest.files)
     arrays = _read_arrays(path, _expected(manifest), _sharding_function(sharding))
     leaves = {name: _join(name, record, arrays) for name, record in manifest.leaves.items()}
     return leaves if like is None else fill(like, leaves, str(path))
@@ -174,8 +178,6 @@ def _read_arrays(
     path: Path, expected: dict[str, jax.ShapeDtypeStruct], sharding_for: ShardingFor
 ) -> dict[str, jax.Array]:
     """Restore exactly the expected arrays; on-disk names, dtypes and shapes are compared first."""
-    if not (path / ARRAYS).is_dir():
-        raise CheckpointError(f"{path} is truncated: its directory {ARRAYS!r} is missing")
     on_disk = {name: fmt.disk_spec(spec) for name, spec in expected.items()}
     target = {
         name: jax.ShapeDtypeStruct(
@@ -195,14 +197,19 @@ def _read_arrays(
             f"{path} is truncated or damaged; its arrays cannot be read: {str(error)[:300]}"
         ) from error
     return {
-        name: _unpack(array, target[name].sharding) if fmt.is_packed(expected[name]) else array
+        name: _unpack(array, expected[name].shape[-1]) if fmt.is_packed(expected[name]) else array
         for name, array in arrays.items()
     }
 
 
-def _unpack(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """uint8 -> int4 with the same sharding: the last axis doubles, shards keep their parts."""
-    return jax.jit(packing.unpack_int4, out_shardings=sharding)(array)
+@partial(jax.jit, static_argnames=("n", "sharding"))
+def _unpack_onto(array: jax.Array, n: int, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(packing.unpack_int4(array, n), sharding)
+
+
+def _unpack(array: jax.Array, n: int) -> jax.Array:
+    """uint8 -> int4 [..., n] with the same sharding: shards keep their parts."""
+    return _unpack_onto(array, n, array.sharding)
 
 
 def _compare(path: Path, expected: dict[str, jax.ShapeDtypeStruct], found: Any) -> None:

@@ -20,11 +20,15 @@ class RopeConfig:
       theta: base of the geometric series of wavelengths.
       type: 'default'; 'linear' (positions divided by factor); 'llama3' (long wavelengths only,
         with a smooth transition).
+      dtype: what the frequencies are rounded to. float32 is what transformers computes with; a
+        torch model that was cast to bfloat16 as a whole has bfloat16 ones, which
+        hf_overrides={"rope_dtype": "bfloat16"} reproduces.
       factor, low_freq_factor, high_freq_factor, original_max_position: of the rescaled types.
     """
 
     theta: float = 10000.0
     type: str = "default"
+    dtype: str = "float32"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -44,6 +48,12 @@ class RopeConfig:
         return cls(
             theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
             type=kind,
+            dtype=one_of(
+                "rope_dtype",
+                config.get("rope_dtype", "float32"),
+                ("float32", "bfloat16"),
+                CheckpointError,
+            ),
             factor=float(rope.get("factor", 1.0)),
             low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
             high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
@@ -63,7 +73,7 @@ def inverse_frequencies(cfg: RopeConfig, head_dim: int) -> np.ndarray:
         smooth = (turns - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)
         smooth = np.clip(smooth, 0.0, 1.0)
         base = (1 - smooth) * base / cfg.factor + smooth * base
-    return base.astype(np.float32)
+    return base.astype(jnp.dtype(cfg.dtype)).astype(np.float32)
 
 
 def rope_table(cfg: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

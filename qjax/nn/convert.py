@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qjax.errors import ConfigError
 from qjax.nn.embed import Embed
 from qjax.nn.general import General
 
@@ -20,7 +21,9 @@ def convert(model: Model, *, skip: Sequence[str] = ()) -> Model:
 
     The copy computes the same function. Its weights are [out, in] and called 'weight', embedding
     tables 'embedding', so `calibrate`, `quantize`, `save` treat it as they treat qjax's models.
-    Layers of other types are left as they are; `plan` shows which weights remain.
+    A layer used in two places stays one layer, and layers stacked by nnx.vmap stay stacked, in
+    front: [layers, out, in]. Layers of other types, subclasses too, are left as they are; `plan`
+    shows which weights remain.
 
     Args:
       model: any nnx.Module; it is not changed.
@@ -32,24 +35,32 @@ def convert(model: Model, *, skip: Sequence[str] = ()) -> Model:
     Raises:
       NotImplementedError: a layer that cannot be replaced faithfully (a custom dot_general, an
         equation with batch axes), naming its path; skip it or rewrite it.
+      ConfigError: a skip pattern that matches no such layer.
     """
-    patterns = [re.compile(pattern) for pattern in skip]
+    if isinstance(skip, str):
+        raise ConfigError(f"skip must be a list of patterns, not the string {skip!r}")
+    found: list[str] = []
 
     def replace(path: tuple[Any, ...], node: Any) -> Any:
-        name = ".".join(map(str, path))
         converter = _CONVERTERS.get(type(node))
-        if converter is None or any(p.search(name) for p in patterns):
+        if converter is None:
+            return node
+        name = ".".join(map(str, path))
+        found.append(name)
+        if any(re.search(pattern, name) for pattern in skip):
             return node
         return converter(name, node)
 
-    return nnx.recursive_map(replace, nnx.clone(model))
+    converted = nnx.recursive_map(replace, nnx.clone(model))
+    for pattern in skip:
+        if not any(re.search(pattern, name) for name in found):
+            raise ConfigError(f"skip {pattern!r} matches no layer; there are: {', '.join(found)}")
+    return converted
 
 
 def _refuse(name: str, layer: Any, why: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{name or 'the model'} ({type(layer).__name__}) cannot be converted: {why}. Leave it "
-        f"alone with skip=[{name!r}]"
-    )
+    what = f"{name or 'the model'} ({type(layer).__name__}) cannot be converted: {why}"
+    return NotImplementedError(f"{what}. Leave it alone with skip=[{name!r}]" if name else what)
 
 
 def _check_plain(name: str, layer: Any) -> None:
@@ -65,84 +76,82 @@ def _check_plain(name: str, layer: Any) -> None:
         raise _refuse(name, layer, "it sets precision or preferred_element_type")
 
 
-def _bias(layer: Any) -> jax.Array | None:
-    return None if layer.bias is None else layer.bias.get_value().reshape(-1)
-
-
 def _linear(name: str, layer: Any) -> General:
     _check_plain(name, layer)
-    kernel = layer.kernel.get_value()
-    return General(kernel.T, _bias(layer), out_shape=(kernel.shape[1],), dtype=layer.dtype)
+    kernel, shape = layer.kernel.get_value(), (layer.in_features, layer.out_features)
+    return _general(name, layer, kernel, shape, contract=(-1,))
 
 
 def _linear_general(name: str, layer: Any) -> General:
     _check_plain(name, layer)
     if layer.batch_axis:
         raise _refuse(name, layer, f"batch_axis={dict(layer.batch_axis)} makes it many matrices")
-    if any(axis >= 0 for axis in layer.axis):
-        raise _refuse(name, layer, f"axis={layer.axis} must count from the end (negative)")
-    inputs, outputs = math.prod(layer.in_features), math.prod(layer.out_features)
-    weight = layer.kernel.get_value().reshape(inputs, outputs).T
-    return General(
-        weight,
-        _bias(layer),
-        contract=tuple(layer.axis),
-        out_shape=tuple(layer.out_features),
-        dtype=layer.dtype,
-    )
+    kernel, shape = layer.kernel.get_value(), (*layer.in_features, *layer.out_features)
+    return _general(name, layer, kernel, shape, contract=layer.axis)
 
 
 def _einsum(name: str, layer: Any) -> General:
-    """'...D,DNH->...NH' and its like: some trailing axes of x contract, the rest stay in front."""
+    """'...D,DNH->...NH' and its like: x and the kernel share the axes that contract, no others."""
     _check_plain(name, layer)
     if layer.einsum_str is None:
         raise _refuse(name, layer, "its equation is given only when it is called")
-    equation = layer.einsum_str
-    operands, result = equation.split("->")
-    lhs, rhs = (term.replace("...", "") for term in operands.split(","))
-    result = result.replace("...", "")
-    contracted = [c for c in lhs if c in rhs]
-    free, outputs = [c for c in lhs if c not in rhs], [c for c in rhs if c not in lhs]
-    plain = len(set(lhs)) == len(lhs) and len(set(rhs)) == len(rhs) and "..." not in rhs
-    if not plain or set(contracted) & set(result) or sorted(result) != sorted(free + outputs):
-        raise _refuse(name, layer, f"equation {equation!r} is not one matrix product")
-    kernel = layer.kernel.get_value()
-    # Columns of the weight run over the contracted axes in the order in which x has them.
-    order = [rhs.index(c) for c in outputs + contracted]
-    shape = [kernel.shape[rhs.index(c)] for c in outputs]
-    weight = kernel.transpose(order).reshape(math.prod(shape), -1)
-    ours = free + outputs
-    trailing = tuple(ours.index(c) - len(ours) for c in result)
-    bias = None
-    if layer.bias is not None:
-        # Flax's bias broadcasts over the result's axes; ours runs over the flattened outputs.
-        bias = jnp.broadcast_to(_bias_in_result(layer, result, rhs, outputs), shape).reshape(-1)
-    return General(
-        weight,
-        bias,
-        contract=tuple(lhs.index(c) - len(lhs) for c in contracted),
-        out_shape=tuple(shape),
-        order=None if trailing == tuple(range(-len(ours), 0)) else trailing,
-        dtype=layer.dtype,
+    # '...' is one label among the others.
+    x, rhs, result = (re.findall(r"\.{3}|\w", s) for s in re.split(",|->", layer.einsum_str))
+    contracted, free = [c for c in x if c in rhs], [c for c in x if c not in rhs]
+    outputs = [c for c in result if c in rhs]
+    one_product = sorted(rhs) == sorted(contracted + outputs) and "..." not in rhs
+    if not one_product or sorted(result) != sorted(free + outputs):
+        raise _refuse(name, layer, f"equation {layer.einsum_str!r} is not one matrix product")
+    sizes = dict(zip(rhs, layer.kernel_shape, strict=True))
+    order = "".join(contracted + outputs)
+    before = x[: x.index("...")] if "..." in x else x
+    return _general(
+        name,
+        layer,
+        jnp.einsum(f"...{''.join(rhs)}->...{order}", layer.kernel.get_value()),
+        tuple(sizes[c] for c in order),
+        contract=tuple(x.index(c) if c in before else x.index(c) - len(x) for c in contracted),
+        permute=None
+        if result == free + outputs
+        else f"{''.join(free + outputs)}->{''.join(result)}",
     )
 
 
-def _bias_in_result(layer: Any, result: str, rhs: str, outputs: list[str]) -> jax.Array:
-    """The bias with one axis for each output label, in the order of `outputs`.
+def _general(
+    name: str,
+    layer: Any,
+    kernel: jax.Array,
+    shape: tuple[int, ...],
+    *,
+    contract: tuple[int, ...],
+    permute: str | None = None,
+) -> General:
+    """The layer as a General.
 
-    Flax reshapes the bias to the result's kernel axes, in the order in which the result has them.
+    Args:
+      kernel: [*stack, *inputs, *outputs], stack being the axes that nnx.vmap put in front.
+      shape: (*inputs, *outputs), as the layer was made.
+      contract: one axis of x for each of the inputs.
     """
-    labels = [c for c in result if c in outputs]
-    sizes = [layer.kernel_shape[rhs.index(c)] for c in labels]
-    bias = layer.bias.get_value().reshape(sizes)
-    return bias.transpose([labels.index(c) for c in outputs])
+    stack = kernel.shape[: kernel.ndim - len(shape)]
+    if kernel.shape != (*stack, *shape):
+        raise _refuse(name, layer, f"its kernel is {kernel.shape}, but it was made as {shape}")
+    out_shape = shape[len(contract) :]
+    inputs, outputs = math.prod(shape[: len(contract)]), math.prod(out_shape)
+    weight = kernel.reshape(*stack, inputs, outputs).swapaxes(-1, -2)
+    bias = None if layer.bias is None else layer.bias.get_value().reshape(*stack, outputs)
+    return General(
+        weight, bias, contract=contract, out_shape=out_shape, permute=permute, dtype=layer.dtype
+    )
 
 
 def _embed(name: str, layer: Any) -> Embed:
     if layer.promote_dtype is not nnx.nn.dtypes.promote_dtype:
         raise _refuse(name, layer, "it has a dtype promotion of its own")
+    if layer.num_embeddings == 1:
+        raise _refuse(name, layer, "Flax looks up its only row for every id, even one out of range")
     new = Embed(1, 1, dtype=layer.dtype, rngs=nnx.Rngs(0))
-    new.embedding = nnx.Param(layer.embedding.get_value())
+    new.embedding = layer.embedding
     return new
 
 

@@ -1,0 +1,38 @@
+"""A Llama small enough to build in a test: random weights, no tokenizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qjax.lm import LanguageModel
+from qjax.models.llama import Llama, LlamaConfig
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "eos_token_id": (2,),
+    }
+    return LlamaConfig(**sizes | changes)
+
+
+def tiny_lm(seed: int = 0, dtype=jnp.float32, **changes) -> LanguageModel:
+    """Weights are large enough for the logits to be far from uniform."""
+    cfg = tiny_config(**changes)
+    model = Llama(cfg, param_dtype=dtype, rngs=nnx.Rngs(seed))
+    graphdef, state = nnx.split(model)
+    state = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, state)
+    return LanguageModel(nnx.merge(graphdef, state), cfg, model_type="llama")
+
+
+def token_batches(count: int, batch: int = 2, seq: int = 32, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 256, (batch, seq)).astype(np.int32) for _ in range(count)]
