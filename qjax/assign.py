@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
 from qjax.config import QuantConfig, Rule
 from qjax.errors import ConfigError
@@ -22,17 +23,22 @@ class Assignment:
 def assign(params: Any, cfg: QuantConfig) -> dict[str, Assignment]:
     """Leaf name -> what happens to it, for the leaves that `cfg` quantizes.
 
-    Only floating-point leaves with at least two axes are candidates. A leaf that is a QArray
-    already may be ignored, not quantized again.
+    Only floating-point leaves with at least two axes, not called 'bias', are candidates. A leaf
+    that is a QArray already may be ignored, not quantized again.
 
     Raises:
       ConfigError: a rule or ignore pattern that matches no candidate; a leaf whose contracting
         axis is not known; a group size that does not divide; an already quantized leaf.
     """
+    if isinstance(params, nnx.Module):
+        raise ConfigError(
+            "a module is not a tree of weights (layers it holds twice would come apart); pass its "
+            "state: graphdef, state = nnx.split(model)"
+        )
     rules = [*(Rule(path=pattern) for pattern in cfg.ignore), *cfg.rules]
     used = [False] * len(rules)
     assigned: dict[str, Assignment] = {}
-    candidates = [(name, leaf) for name, leaf in named_leaves(params) if _is_candidate(leaf)]
+    candidates = [(n, leaf) for n, leaf in named_leaves(params) if _is_candidate(n, leaf)]
     for name, leaf in candidates:
         matching = [i for i, rule in enumerate(rules) if rule.matches(name)]
         for i in matching:
@@ -44,8 +50,12 @@ def assign(params: Any, cfg: QuantConfig) -> dict[str, Assignment]:
     return assigned
 
 
-def _is_candidate(leaf: Any) -> bool:
-    return is_qarray(leaf) or (len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating))
+def _is_candidate(name: str, leaf: Any) -> bool:
+    if is_qarray(leaf):
+        return True
+    # Biases of stacked layers and of many heads have two axes as well.
+    matrix = len(leaf.shape) >= 2 and name.rpartition(".")[2] != "bias"
+    return matrix and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _assignment(name: str, leaf: Any, rule: Rule) -> Assignment:
@@ -54,10 +64,21 @@ def _assignment(name: str, leaf: Any, rule: Rule) -> Assignment:
             f"{name} is already quantized to {leaf.format}; quantize the original weights, or "
             f"leave it alone with ignore=[{name!r}]"
         )
+    # Embedding tables are [vocabulary, features], and [out, in] when they are tied to the head.
+    known = name.rpartition(".")[2] in ("weight", "embedding")
     axis = rule.contract_axis
+    if len(leaf.shape) > 2 and not known:
+        raise ConfigError(
+            f"{name} {tuple(leaf.shape)} has more than two axes, and which of them contract is not "
+            f"known; convert the model with qjax.nn.convert, or leave it alone: ignore=[{name!r}]"
+        )
+    if rule.needs_stats and (len(leaf.shape) > 2 or name.endswith("embedding")):
+        raise ConfigError(
+            f"{name} {tuple(leaf.shape)} cannot have a static activation scale: stacked weights "
+            "and embeddings are not calibrated; give it act_scale='dynamic' by a rule of its own"
+        )
     if axis is None:
-        # Embedding tables are [vocabulary, features] and used as [out, in] when tied.
-        if name.rpartition(".")[2] not in ("weight", "embedding"):
+        if not known:
             raise ConfigError(
                 f"which axis of {name} {tuple(leaf.shape)} contracts is not known: only leaves "
                 "called 'weight' are [out, in] by convention. Say contract_axis=-2 for [in, out] "

@@ -1,6 +1,6 @@
 """Calibration: run a model over data and record what reaches its linear layers."""
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Collection, Iterable, Sized
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 from qjax.errors import DataError
 from qjax.nn.linear import Linear
 from qjax.quantize import Stats
-from qjax.tree import path_name
+from qjax.tree import natural_order, path_name
 
 
 def calibrate(
@@ -21,8 +21,8 @@ def calibrate(
 ) -> Stats:
     """Statistics of the activations that reach each linear layer.
 
-    A pure function: the model is not changed, and what runs is one jitted step over a copy of it
-    whose layers observe. For a LanguageModel, pass its `.model`.
+    A pure function: the model is not changed, and what runs is one jitted step over a copy of it,
+    in evaluation mode, whose layers observe. For a LanguageModel, pass its `.model`.
 
     Args:
       model: any NNX module made of qjax.nn layers (see `qjax.nn.convert`).
@@ -35,28 +35,36 @@ def calibrate(
 
     Raises:
       DataError: no batches, no layers to observe, or activations that are NaN or infinite,
-        naming the first layer they reach.
+        naming the first layer they reach (in
+        natural order of names).
     """
     observer = nnx.clone(model)
-    layers = [layer for _, layer in nnx.iter_modules(observer) if isinstance(layer, Linear)]
+    observer.eval()  # dropout off, running statistics: what the model does when it serves
+    layers = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(observer)
+        if isinstance(module, Linear)
+    }
     if not layers:
         raise DataError(
             f"{type(model).__name__} has no qjax.nn layers to observe; convert it first with "
             "qjax.nn.convert(model)"
         )
-    for layer in layers:
+    for layer in layers.values():
         layer.observe = True
     graphdef, state = nnx.split(observer)
-    observe = jax.jit(lambda state, args: _observe(graphdef, state, args))
+    observe = jax.jit(lambda state, args: _observe(graphdef, state, args, layers.keys()))
     total = len(batches) if isinstance(batches, Sized) else None
     stats: Stats = {}
     for done, batch in enumerate(batches, 1):
         new = observe(state, batch if isinstance(batch, tuple) else (batch,))
-        stats = _merge(stats, new)
+        for name, entry in new.items():  # a batch need not reach every layer
+            stats[name] = _merge(stats[name], entry) if name in stats else entry
         if progress is not None and total is not None:
             progress(done, total)
     if not stats:
         raise DataError("calibration got no batches; pass at least one")
+    stats = {name: stats[name] for name in sorted(stats, key=natural_order)}
     for name, entry in stats.items():
         if not bool(jnp.isfinite(entry["amax"]).all()):
             raise DataError(
@@ -66,22 +74,24 @@ def calibrate(
     return stats
 
 
-def _observe(graphdef: nnx.GraphDef, state: Any, args: tuple[Any, ...]) -> Stats:
+def _observe(
+    graphdef: nnx.GraphDef, state: Any, args: tuple[Any, ...], layers: Collection[str]
+) -> Stats:
     model = nnx.merge(graphdef, state)
     _, sown = nnx.capture(model, nnx.Intermediate)(*args)
     stats: Stats = {}
     flat, _ = jax.tree_util.tree_flatten_with_path(sown, is_leaf=lambda x: isinstance(x, tuple))
     for path, values in flat:
-        # 'layers.0.mlp.up_proj.amax' -> the weight beside it. A layer called twice sows twice.
-        layer = path_name(path).removesuffix("amax")
-        calls = values if isinstance(values, tuple) else (values,)
-        stats[f"{layer}weight"] = {"amax": jnp.max(jnp.stack(calls), axis=0)}
+        # What the model sows for itself is left out.
+        layer, _, what = path_name(path).rpartition(".")
+        if what == "amax" and layer in layers:
+            # A layer called twice sows twice.
+            calls = values if isinstance(values, tuple) else (values,)
+            weight = f"{layer}.weight" if layer else "weight"
+            stats[weight] = {"amax": jnp.max(jnp.stack(calls), axis=0)}
     return stats
 
 
 @jax.jit
-def _merge(old: Stats, new: Stats) -> Stats:
-    return {
-        name: {"amax": jnp.maximum(old[name]["amax"], entry["amax"])} if name in old else entry
-        for name, entry in new.items()
-    }
+def _merge(old: dict[str, jax.Array], new: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {"amax": jnp.maximum(old["amax"], new["amax"])}

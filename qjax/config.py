@@ -57,7 +57,7 @@ class Rule:
     contract_axis: int | None = None
 
     def __post_init__(self) -> None:
-        _compile(self.path)
+        compile_pattern(self.path)
         if self.weight is not None:
             numerics.get_format(self.weight)
         one_of("granularity", self.granularity, WEIGHT_GRANULARITIES)
@@ -104,7 +104,7 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         """Whether this rule is about the leaf called `name`. Protected leaves must be spelled."""
-        if _compile(self.path).search(name) is None:
+        if compile_pattern(self.path).search(name) is None:
             return False
         return all(word in self.path for word in PROTECTED if word in name)
 
@@ -145,7 +145,7 @@ class QuantConfig:
             if not isinstance(rule, Rule):
                 raise ConfigError(f"rules must be qjax.Rule objects, not {type(rule).__name__}")
         for pattern in self.ignore:
-            _compile(pattern)
+            compile_pattern(pattern)
 
     @property
     def needs_stats(self) -> bool:
@@ -194,7 +194,8 @@ class CalibConfig:
                 raise ConfigError(f"{field.name} is {value!r}; it must be a positive integer")
 
 
-def _compile(pattern: object) -> re.Pattern[str]:
+def compile_pattern(pattern: object) -> re.Pattern[str]:
+    """A compiled path pattern, or ConfigError saying what is wrong with it."""
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"a path must be a non-empty regular expression, not {pattern!r}")
     try:

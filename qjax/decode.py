@@ -82,7 +82,7 @@ def prefill(
     hidden, cache = model.hidden(input_ids, positions, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = model.logits(last)
-    token = sample(logits, jax.random.fold_in(key, 0), how)
+    token = sample(logits, key, jnp.int32(0), how)
     first = DecodeState(
         step=jnp.int32(1),
         tokens=jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(token),
@@ -123,8 +123,8 @@ def decode(
     def step(carry: DecodeState) -> DecodeState:
         last = jax.lax.dynamic_index_in_dim(carry.tokens, carry.step - 1, axis=1)
         hidden, cache = model.hidden(last, carry.positions[:, None], carry.cache)
-        key = jax.random.fold_in(carry.key, carry.step)
-        token = jnp.where(carry.done, 0, sample(model.logits(hidden[:, 0]), key, how))
+        token = sample(model.logits(hidden[:, 0]), carry.key, carry.step, how)
+        token = jnp.where(carry.done, 0, token)
         return DecodeState(
             step=carry.step + 1,
             tokens=jax.lax.dynamic_update_index_in_dim(carry.tokens, token, carry.step, axis=1),

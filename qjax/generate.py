@@ -251,7 +251,6 @@ def _encode(lm: Any, request: Request) -> list[list[int]]:
             ids = np.asarray(prompt).tolist()
         if not ids:
             raise DataError(f"prompt {index} is empty; give it at least one token")
-        lm.check_ids([ids])
         context = lm.config.max_position_embeddings
         if len(ids) + request.max_new_tokens > context:
             raise DataError(
@@ -259,6 +258,7 @@ def _encode(lm: Any, request: Request) -> list[list[int]]:
                 f"{request.max_new_tokens} it does not fit the model's context of {context}: "
                 "shorten the prompt or ask for fewer tokens"
             )
+        lm.check_ids([ids])
         rows.append(list(ids))
     return rows
 

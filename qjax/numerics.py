@@ -88,7 +88,10 @@ def scale_from_amax(amax: jax.Array, fmt: Format, rule: str = "absmax") -> jax.A
             f"scale rule 'absmax_half' is for integer formats, not {fmt.name!r}; use 'absmax'"
         )
     top = fmt.max + 0.5 if rule == "absmax_half" else fmt.max
-    return jnp.where(amax > 0, amax / jnp.float32(top), jnp.float32(1))
+    # Behind the barrier the divisor is no constant: XLA would multiply by its rounded reciprocal,
+    # which is off by one bit for some amax, and other toolkits divide.
+    divisor = jax.lax.optimization_barrier(jnp.float32(top))
+    return jnp.where(amax > 0, amax / divisor, jnp.float32(1))
 
 
 def round_to_format(x: jax.Array, fmt: Format) -> jax.Array:

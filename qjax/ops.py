@@ -99,7 +99,8 @@ def quantize_activations(x: jax.Array, spec: InputSpec) -> tuple[jax.Array, jax.
         scale = spec.scale
     else:
         per_token = spec.granularity == "per_token"
-        amax = jnp.max(jnp.abs(x), axis=-1 if per_token else None, keepdims=per_token)
+        axis = -1 if per_token else None
+        amax = jnp.max(jnp.abs(x), axis=axis, keepdims=per_token, initial=0.0)
         scale = numerics.scale_from_amax(amax, fmt)
     return numerics.round_to_format(x / scale, fmt), scale
 
@@ -157,9 +158,22 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) ->
     batch, tokens, heads, head_dim = q.shape
     kv_heads, length = k.shape[1:3]
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = _einsum_float32("btkgd,bksd->bkgts", grouped, k)
     visible = jnp.arange(length)[None, None, :] <= positions[:, :, None]
     scores = jnp.where(visible[:, None, None], scores / head_dim**0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkgts,bksd->btkgd", weights, v, preferred_element_type=jnp.float32)
+    mixed = _einsum_float32("bkgts,bksd->btkgd", weights, v)
     return mixed.astype(q.dtype).reshape(batch, tokens, heads, head_dim)
+
+
+def _einsum_float32(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product with float32 sums. XLA's CPU has no batched bfloat16 product with float32 results,
+    so there the operands are widened first, which is exact."""
+
+    def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    def widened(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=narrow)

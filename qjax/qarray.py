@@ -224,7 +224,8 @@ def _asymmetric_grid(
         raise ConfigError(f"format {fmt.name!r} has no zero point; use symmetric=True")
     low = jnp.minimum(jnp.min(blocks, axis=(-3, -1)), 0)
     high = jnp.maximum(jnp.max(blocks, axis=(-3, -1)), 0)
-    step = jnp.where(high > low, (high - low) / jnp.float32(fmt.max - fmt.min), jnp.float32(1))
+    levels = jax.lax.optimization_barrier(jnp.float32(fmt.max - fmt.min))  # see scale_from_amax
+    step = jnp.where(high > low, (high - low) / levels, jnp.float32(1))
     scale = step.astype(scale_dtype)
     zero = numerics.round_to_format(fmt.min - low / scale.astype(jnp.float32), fmt)
     return scale, zero
@@ -256,12 +257,15 @@ def bits_of(x: Any) -> int:
 
     Counted from the dtype: `.nbytes` says one byte for an int4.
     """
-    total = 0
-    for leaf in jax.tree.leaves(x):
-        integer = jnp.issubdtype(leaf.dtype, jnp.integer)
-        info = jnp.iinfo(leaf.dtype) if integer else jnp.finfo(leaf.dtype)
-        total += leaf.size * info.bits
-    return total
+    return sum(leaf.size * _bits_each(leaf.dtype) for leaf in jax.tree.leaves(x))
+
+
+def _bits_each(dtype: Any) -> int:
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits
+    return 8 * dtype.itemsize  # bool, complex, PRNG keys
 
 
 def validate(q: QArray, name: str = "QArray") -> None:

@@ -32,10 +32,16 @@ class Sampling:
             raise DataError(f"top_p is {self.top_p}; it must be in (0, 1], or None")
 
 
-def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
-    """float32 logits [batch, vocab] -> int32 tokens [batch]; rows are drawn independently."""
+def sample(logits: jax.Array, key: jax.Array, step: jax.Array, how: Sampling) -> jax.Array:
+    """float32 logits [batch, vocab] -> int32 tokens [batch]; rows are drawn independently.
+
+    Args:
+      key: PRNG key of the whole generation.
+      step: int32 [], number of the token; folded into the key.
+    """
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    key = jax.random.fold_in(key, step)
     kept = filter_logits(logits / how.temperature, how)
     return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from qjax.errors import DataError
 from qjax.qarray import is_qarray
 
 
@@ -12,16 +13,28 @@ def path_name(path: tuple[Any, ...]) -> str:
     """Dotted name of a key path: 'layers.0.mlp.up_proj.weight'.
 
     Flax NNX wraps each leaf in a Variable, whose own key, '.value', is dropped: a module, its
-    state and its pure dict give the same names.
+    state and its pure dict give the same names (but
+    a module lists a layer that it holds twice at both places).
     """
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     return name.removesuffix(".value")
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """[(name, leaf)] in tree order; a QArray is one leaf."""
+    """[(name, leaf)] in tree order; a QArray is one leaf.
+
+    Raises:
+      DataError: a leaf that is no array.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)
-    return [(path_name(path), leaf) for path, leaf in flat]
+    leaves = [(path_name(path), leaf) for path, leaf in flat]
+    for name, leaf in leaves:
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise DataError(
+                f"leaf {name} is {leaf!r} ({type(leaf).__name__}), not an array; wrap it with "
+                "jnp.asarray or keep it out of the tree"
+            )
+    return leaves
 
 
 def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:
@@ -29,3 +42,12 @@ def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: f(path_name(path), leaf), tree, is_leaf=is_qarray
     )
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key of a dotted name that puts layers.2 before layers.10.
+
+    >>> sorted(["layers.10.w", "layers.2.w", "embed.w"], key=natural_order)
+    ['embed.w', 'layers.2.w', 'layers.10.w']
+    """
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -72,6 +72,13 @@ def test_all_parts_of_a_leaf_round_trip(tmp_path):
     assert bits(restored["b"]) == bits(jnp.ones(3, jnp.bfloat16))
 
 
+def test_a_checkpoint_does_not_say_where_it_was_made(tmp_path):
+    qjax.save(tmp_path / "q", {"weight": jnp.ones((2, 2))})
+    for file in (tmp_path / "q").rglob("*"):
+        if file.is_file():
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+
+
 def test_int4_takes_4_bits_in_the_tree_and_on_disk(tmp_path):
     # Random nibbles do not compress, so the file size is that of the packed data.
     rng = np.random.default_rng(0)

@@ -119,6 +119,10 @@ def _digest(file: Path) -> str:
 
 def record_leaf(leaf: Any) -> dict[str, Any]:
     """What qjax.json says of a leaf: shapes and dtypes on disk, and all static fields."""
+    if is_key(leaf):
+        data = jax.eval_shape(jax.random.key_data, leaf)
+        impl = str(jax.random.key_impl(leaf))
+        return {"kind": "prng_key", "impl": impl, "parts": {"": _record_array(data)}}
     if not is_qarray(leaf):
         return {"kind": "array", "parts": {"": _record_array(leaf)}}
     parts = {name: array for name, array in split_qarray(leaf).items()}
@@ -133,6 +137,11 @@ def record_leaf(leaf: Any) -> dict[str, Any]:
         "input": None if spec is None else {"format": spec.format, "granularity": spec.granularity},
         "parts": {name: _record_array(array) for name, array in parts.items()},
     }
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of PRNG keys (a model with dropout has some)."""
+    return not is_qarray(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def split_qarray(q: QArray) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def save(
     with _replacing(path, overwrite) as unfinished:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(unfinished / ARRAYS, _to_disk(leaves))
+        # Orbax notes the path it wrote to, which is not the final one and nobody's business.
+        (unfinished / ARRAYS / "commit_success.txt").unlink(missing_ok=True)
         if extra is not None:
             extra(unfinished)
         manifest = fmt.Manifest(
@@ -155,6 +157,8 @@ def _array_names(name: str, leaf_parts: Any) -> dict[str, str]:
 def _to_disk(leaves: dict[str, Any]) -> dict[str, Any]:
     arrays = {}
     for name, leaf in leaves.items():
+        if fmt.is_key(leaf):
+            leaf = jax.random.key_data(leaf)
         parts = fmt.split_qarray(leaf) if is_qarray(leaf) else {"": leaf}
         names = _array_names(name, parts)
         for part, array in parts.items():
@@ -230,7 +234,16 @@ def _join(name: str, record: dict[str, Any], arrays: dict[str, jax.Array]) -> An
     names = _array_names(name, record["parts"])
     if record.get("kind") == "array":
         return arrays[name]
+    if record.get("kind") == "prng_key":
+        return _wrap_key(name, record, arrays[name])
     return fmt.join_qarray(name, record, {part: arrays[at] for part, at in names.items()})
+
+
+def _wrap_key(name: str, record: dict[str, Any], data: jax.Array) -> jax.Array:
+    try:
+        return jax.random.wrap_key_data(data, impl=record["impl"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{fmt.FILE} is damaged at PRNG key {name}: {error}") from error
 
 
 def _sharding_function(sharding: ShardingFor | jax.sharding.Sharding | None) -> ShardingFor:

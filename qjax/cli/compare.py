@@ -5,6 +5,8 @@ from pathlib import Path
 
 from qjax.cli.common import add_model, load_model, print_json, print_table, progress_bars
 from qjax.cli.evaluate import add_windows
+from qjax.errors import ConfigError
+from qjax.presets import preset
 
 HELP = "quantize to several formats and compare quality, size and speed"
 EXAMPLES = """examples:
@@ -31,12 +33,14 @@ def run(args: argparse.Namespace) -> None:
     from qjax.evaluate.compare import compare
     from qjax.evaluate.report import COLUMNS, SPEED_NOTE, table_rows, write_report
 
+    recipes = [preset(name) for name in args.presets.split(",") if name]
+    if not recipes:
+        raise ConfigError("name at least one preset, as in --presets fp8,int4_wo")
     lm = load_model(args)
-    names = [name for name in args.presets.split(",") if name]
     with progress_bars() as progress:
         result = compare(
             lm,
-            names,
+            recipes,
             sequences=args.sequences,
             seq_len=args.seq_len,
             directory=args.keep,

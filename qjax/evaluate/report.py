@@ -3,11 +3,11 @@
 import base64
 import html
 import io
-import re
 from pathlib import Path
 from typing import Any
 
 from qjax.evaluate.compare import Comparison, Row
+from qjax.tree import natural_order
 
 COLUMNS = (
     "format",
@@ -134,6 +134,7 @@ def _plot_size(comparison: Comparison) -> bytes:
         size = row.bytes_on_disk / 2**20
         axes.errorbar(size, row.perplexity, yerr=errors, fmt="o", capsize=4)
         axes.annotate(row.preset, (size, row.perplexity), (6, 6), textcoords="offset points")
+    axes.margins(x=0.12, y=0.1)
     axes.set_xlabel("size on disk, MiB")
     axes.set_ylabel("held-out perplexity")
     axes.set_title("What each format costs, with the paired 95 % interval")
@@ -145,7 +146,7 @@ def _plot_layers(comparison: Comparison) -> bytes:
     figure, axes = _figure()
     for row in comparison.rows:
         names = list(row.layer_errors)
-        order = sorted(range(len(names)), key=lambda i: _natural(names[i]))
+        order = sorted(range(len(names)), key=lambda i: natural_order(names[i]))
         axes.plot(
             [row.layer_errors[names[i]] for i in order], ".-", label=row.preset, linewidth=0.8
         )
@@ -157,8 +158,3 @@ def _plot_layers(comparison: Comparison) -> bytes:
         axes.legend()
     axes.grid(alpha=0.3)
     return _png(figure)
-
-
-def _natural(name: str) -> list[Any]:
-    """Sort key that puts layers.2 before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", name)]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qjax.config import compile_pattern
 from qjax.errors import ConfigError
 from qjax.nn.embed import Embed
 from qjax.nn.general import General
@@ -39,6 +40,7 @@ def convert(model: Model, *, skip: Sequence[str] = ()) -> Model:
     """
     if isinstance(skip, str):
         raise ConfigError(f"skip must be a list of patterns, not the string {skip!r}")
+    patterns = [compile_pattern(pattern) for pattern in skip]
     found: list[str] = []
 
     def replace(path: tuple[Any, ...], node: Any) -> Any:
@@ -47,14 +49,16 @@ def convert(model: Model, *, skip: Sequence[str] = ()) -> Model:
             return node
         name = ".".join(map(str, path))
         found.append(name)
-        if any(re.search(pattern, name) for pattern in skip):
+        if any(pattern.search(name) for pattern in patterns):
             return node
         return converter(name, node)
 
     converted = nnx.recursive_map(replace, nnx.clone(model))
-    for pattern in skip:
-        if not any(re.search(pattern, name) for name in found):
-            raise ConfigError(f"skip {pattern!r} matches no layer; there are: {', '.join(found)}")
+    for pattern in patterns:
+        if not any(pattern.search(name) for name in found):
+            raise ConfigError(
+                f"skip {pattern.pattern!r} matches no layer; there are: {', '.join(found)}"
+            )
     return converted
 
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax import ops
-from qjax.qarray import is_qarray
 
 
 class Linear(nnx.Module):
@@ -39,15 +38,8 @@ class Linear(nnx.Module):
         """x [..., in] -> [..., out], in out_dtype, else the dtype computed in."""
         x = x if self.dtype is None else x.astype(self.dtype)
         if self.observe:
-            amax = jnp.max(jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1]), axis=0)
+            rows = jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1])
+            amax = jnp.max(rows, axis=0, initial=0.0)
             self.sow(nnx.Intermediate, "amax", amax)
         bias = None if self.bias is None else self.bias.get_value()
         return ops.linear(x, self.weight.get_value(), bias, out_dtype=out_dtype)
-
-
-def result_dtype(dtype: jnp.dtype | None, x: jax.Array, weight: ops.Weight) -> jnp.dtype:
-    """The type a Flax layer computes in: its `dtype`, or what x and its weight promote to."""
-    if dtype is not None:
-        return jnp.dtype(dtype)
-    own = weight.dtype
-    return jnp.promote_types(x.dtype, jnp.dtype(own) if is_qarray(weight) else own)

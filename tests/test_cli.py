@@ -1,0 +1,169 @@
+"""Every verb as a user runs it: output, JSON, exit codes, and one sentence for bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import qjax
+from qjax.cli import VERBS, build_parser, main
+
+REFERENCE = ROOT / "checkpoints" / "reference"
+SMALL = ["--sequences", "4", "--seq-len", "64"]
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    code = main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def run_json(capsys, *argv):
+    code, out, _ = run(capsys, *argv, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+def test_quantize_then_info_eval_generate(capsys, tmp_path):
+    out = tmp_path / "int4"
+    summary = run_json(capsys, "quantize", "--preset", "int4_wo", "--out", out)
+    assert summary["bytes_after"] < summary["bytes_before"] / 2
+    info = run_json(capsys, "info", "--model", out)
+    assert info["model"]["quantization"]["name"] == "int4_wo"
+    assert info["model"]["leaves"]["int4"] == 7 * info["model"]["config"]["num_hidden_layers"]
+    quality = run_json(capsys, "eval", "--model", out, *SMALL)
+    assert quality["quantization"] == "int4_wo"
+    low, high = quality["perplexity_ci"]
+    assert low < quality["perplexity"] < high
+    assert len(quality["text"]["sha256"]) == 64
+    result = run_json(
+        capsys, "generate", "--model", out, "--prompt", "import ", "def ", "--max-new-tokens", 4
+    )
+    assert [len(row) for row in result["token_ids"]] == [4, 4]
+    assert len(result["text"]) == 2
+    assert result["stats"]["new_tokens"] == 8
+    code, _, err = run(capsys, "quantize", "--preset", "int4_wo", "--out", out)
+    assert code == 2
+    assert "exists already" in err
+    assert run(capsys, "quantize", "--preset", "fp8_wo", "--out", out, "--overwrite")[0] == 0
+
+
+def test_static_activations_are_calibrated(capsys, tmp_path):
+    out = tmp_path / "fp8"
+    arguments = ["--calib-samples", "4", "--calib-seq-len", "64"]
+    assert run(capsys, "quantize", "--preset", "FP8", "--out", out, *arguments)[0] == 0
+    leaf = qjax.restore(out)["layers.0.mlp.up_proj.weight"]
+    assert leaf.input.format == "fp8_e4m3"
+    assert float(leaf.input.scale) > 0
+
+
+def test_a_recipe_from_a_file(capsys, tmp_path):
+    cfg = qjax.QuantConfig(
+        rules=[qjax.Rule(path="mlp", weight="int8"), qjax.Rule(path="lm_head", weight="fp8_e4m3")],
+        ignore=["down_proj"],
+        name="mine",
+    )
+    (tmp_path / "recipe.json").write_text(cfg.to_json())
+    plan = run_json(capsys, "quantize", "--config", tmp_path / "recipe.json", "--plan")
+    after = {row["path"]: row["after"] for row in plan["rows"]}
+    assert after["layers.0.mlp.up_proj.weight"] == "int8"
+    assert after["layers.0.mlp.down_proj.weight"] == "bfloat16"
+    assert after["lm_head.weight"] == "fp8_e4m3"
+    code, out, _ = run(capsys, "quantize", "--preset", "int4_wo", "--group-size", 64, "--plan")
+    assert code == 0
+    assert "layers.0.mlp.up_proj.weight" in out
+    assert "total" in out
+
+
+def test_generate_streams_text(capsys):
+    code, out, _ = run(capsys, "generate", "--prompt", "def add(a, b):", "--max-new-tokens", 12)
+    assert code == 0
+    lm = qjax.load(REFERENCE)
+    assert out == "def add(a, b):" + lm.generate("def add(a, b):", 12).text[0] + "\n"
+    code, out, _ = run(
+        capsys, "generate", "--prompt", "def f(x):", "--max-new-tokens", 40, "--stop", "\\n"
+    )
+    assert out.count("\n") == 1
+
+
+def test_compare_prints_the_promised_json(capsys, tmp_path):
+    page = tmp_path / "page.html"
+    data = run_json(capsys, "compare", "--presets", "int8_wo,int4_wo", *SMALL, "--html", page)
+    assert set(data) >= {"baseline", "rows"}
+    assert [row["preset"] for row in data["rows"]] == ["int8_wo", "int4_wo"]
+    keys = {"preset", "perplexity", "perplexity_ci", "bits_per_weight", "bytes_on_disk"}
+    assert all(keys <= set(row) for row in [data["baseline"], *data["rows"]])
+    assert page.is_file()
+
+
+def test_tables(capsys):
+    code, out, _ = run(capsys, "compare", "--presets", "fp8", *SMALL, "--samples")
+    assert code == 0
+    assert "bits/weight" in out
+    assert "fp8" in out
+    assert "Speed on a CPU is not the point" in out
+    code, out, _ = run(capsys, "eval", *SMALL)
+    assert code == 0
+    assert "perplexity" in out
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert "W4A16" in out
+    assert "weight_only_gemm" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["quantize", "--preset", "int5", "--out", "x"], "unknown preset 'int5'; choose one of"),
+        (["quantize", "--preset", "int8"], "say where to write with --out"),
+        (["quantize", "--config", "nowhere.json", "--out", "x"], "nowhere.json cannot be read"),
+        (["quantize", "--preset", "int4_wo", "--group-size", "100", "--plan"], "does not divide"),
+        (["quantize", "--preset", "int8", "--ignore", "nothing", "--plan"], "no weight matches"),
+        (["quantize", "--preset", "int8", "--calib-samples", "0", "--plan"], "samples is 0"),
+        (["generate", "--prompt", ""], "prompt 0 is empty"),
+        (["generate", "--prompt", "x" * 9999], "does not fit the model's context of 1024"),
+        (["generate", "--prompt", "x", "--top-p", "2"], "top_p is 2.0"),
+        (["eval", "--sequences", "1000000"], "ask for fewer"),
+        (["eval", "--seq-len", "2000", "--sequences", "1"], "do not fit the model's context"),
+        (["eval", "--model", "nowhere"], "no checkpoint directory nowhere"),
+        (["eval", "--dtype", "int8"], "choose 'float32' or 'bfloat16'"),
+        (["compare", "--presets", "int8,int9"], "unknown preset 'int9'"),
+        (["compare", "--presets", ","], "name at least one preset"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    sentence = err.strip().splitlines()[-1] if err.strip() else ""
+    assert message in err.replace("\n", " ")
+    assert sentence
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_usage_ends_with_code_2():
+    for argv in (["frobnicate"], ["quantize"], ["quantize", "--preset", "a", "--config", "b"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+
+
+def test_every_verb_takes_json_and_shows_examples():
+    parser = build_parser()
+    actions = next(a for a in parser._actions if a.dest == "verb")
+    for name in VERBS:
+        text = actions.choices[name].format_help()
+        assert "--json" in text
+        assert "--model" in text
+        assert f"qjax {name}" in text
+
+
+def test_the_installed_command():
+    command = [sys.executable, "-m", "qjax.cli", "info", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert json.loads(done.stdout)["qjax"] == qjax.__version__
+    assert "torch" not in done.stderr

@@ -1,0 +1,166 @@
+"""Generation: the jitted loop against repeated full forward passes, ends, sampling, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_lm, token_batches
+
+import qjax
+from qjax.decode import decode
+
+PROMPTS = [[5, 9, 13, 4, 8], [7, 6], [200, 100, 50, 25, 12, 6, 3, 77]]
+
+
+def greedy_by_full_passes(lm, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """The slow way: a full forward pass for every token, no cache.
+
+    Rows are padded on the right to one width, which no causal model can see, so that one shape is
+    compiled.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    width = max(map(len, rows)) + new
+    for _ in range(new):
+        logits = np.asarray(lm([row + [0] * (width - len(row)) for row in rows]))
+        for index, row in enumerate(rows):
+            row.append(int(logits[index, len(row) - 1].argmax()))
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+@pytest.mark.parametrize("preset", [None, *sorted(qjax.PRESETS)])
+def test_greedy_equals_repeated_full_passes(preset):
+    lm = tiny_lm(eos_token_id=())
+    if preset is not None:
+        lm = qjax.quantize_model(lm, preset, token_batches(1))
+    result = lm.generate(PROMPTS, max_new_tokens=12)
+    assert result.token_ids.tolist() == greedy_by_full_passes(lm, PROMPTS, 12)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    lm = tiny_lm(eos_token_id=())
+    together = lm.generate(PROMPTS, max_new_tokens=10).token_ids
+    for index, prompt in enumerate(PROMPTS):
+        alone = lm.generate([prompt], max_new_tokens=10).token_ids
+        np.testing.assert_array_equal(together[index], alone[0])
+
+
+def test_each_sequence_ends_at_its_own_end_token():
+    lm = tiny_lm(eos_token_id=())
+    free = lm.generate(PROMPTS, max_new_tokens=12).token_ids
+    ends = (int(free[0, 3]), int(free[1, 6]))
+    stopped = tiny_lm(eos_token_id=ends[:1]).generate(PROMPTS, max_new_tokens=12, stop=[ends[1]])
+    for row, length, expected in zip(stopped.token_ids, stopped.lengths, free, strict=True):
+        hits = [i for i, token in enumerate(expected) if token in ends]
+        wanted = hits[0] + 1 if hits else 12
+        assert length == wanted
+        np.testing.assert_array_equal(row[:length], expected[:length])
+        assert not row[length:].any()
+    assert stopped.token_ids.shape[1] == stopped.lengths.max()
+    assert stopped.stats.new_tokens == stopped.lengths.sum()
+
+
+def test_one_new_token_needs_no_decode_step():
+    lm = tiny_lm(eos_token_id=())
+    result = lm.generate(PROMPTS, max_new_tokens=1)
+    assert result.token_ids.tolist() == greedy_by_full_passes(lm, PROMPTS, 1)
+    assert result.stats.decode_tokens_per_s == 0
+
+
+def test_array_prompts_and_statistics():
+    lm = tiny_lm(eos_token_id=())
+    prompts = token_batches(1, batch=2, seq=7)[0]
+    result = lm.generate(prompts, max_new_tokens=5)
+    stats = result.stats
+    assert result.text is None
+    assert (stats.prompt_tokens, stats.new_tokens) == (14, 10)
+    assert stats.prefill_s > 0
+    assert stats.decode_s > 0
+    assert stats.prefill_tokens_per_s == pytest.approx(14 / stats.prefill_s)
+    assert stats.decode_tokens_per_s == pytest.approx(8 / stats.decode_s)
+    again = lm.generate(jnp.asarray(prompts), max_new_tokens=5)
+    np.testing.assert_array_equal(again.token_ids, result.token_ids)
+    # The same shapes are not compiled again.
+    assert again.stats.compile_s < 0.1 < stats.compile_s
+
+
+def test_sampling_is_reproducible_and_follows_its_settings():
+    lm = tiny_lm(eos_token_id=())
+    hot = {"max_new_tokens": 16, "temperature": 1.5}
+    first = lm.generate(PROMPTS, **hot, seed=1).token_ids
+    np.testing.assert_array_equal(first, lm.generate(PROMPTS, **hot, seed=1).token_ids)
+    assert (first != lm.generate(PROMPTS, **hot, seed=2).token_ids).any()
+    greedy = lm.generate(PROMPTS, 16).token_ids
+    np.testing.assert_array_equal(lm.generate(PROMPTS, **hot, top_k=1).token_ids, greedy)
+    np.testing.assert_array_equal(lm.generate(PROMPTS, **hot, top_p=1e-6).token_ids, greedy)
+    # Equal prompts in one batch are drawn independently.
+    twins = lm.generate([PROMPTS[0]] * 2, **hot).token_ids
+    assert (twins[0] != twins[1]).any()
+
+
+def test_the_decode_loop_is_one_while_and_donates_its_cache():
+    """The program has one loop, and the caches that come out are the buffers that went in."""
+    from qjax.decode import prefill
+    from qjax.sampling import Sampling
+
+    lm = tiny_lm()
+    graphdef, state = lm.split()
+    ids, ends = jnp.ones((2, 8), jnp.int32), jnp.asarray([2], jnp.int32)
+    how = Sampling()
+    carry, _ = prefill(
+        graphdef, state, ids, jnp.full(2, 8), ends, jax.random.key(0),
+        max_new=4, cache_length=16, how=how,
+    )  # fmt: skip
+    lowered = decode.lower(graphdef, state, carry, ends, jnp.int32(4), how=how)
+    # The batch of per-sequence writes lowers to scatters, not loops: one while in all.
+    assert lowered.as_text().count("stablehlo.while") == 1
+    shapes = [f"{x.shape}" for x in jax.tree.leaves(carry.cache)]
+    assert len(shapes) == 4
+    cache_pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(carry.cache)}
+    after = decode(graphdef, state, carry, ends, jnp.int32(4), how=how)
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after.cache)} == cache_pointers
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carry.cache))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "no prompts"),
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1] * 250], {"max_new_tokens": 10}, "prompt 0 has 250 tokens.*context of 256"),
+        ([[1] * 300], {"max_new_tokens": 1}, "prompt 0 has 300 tokens.*context of 256"),
+        ([[256]], {}, "outside the vocabulary"),
+        ([[-1]], {}, "outside the vocabulary"),
+        ([[0.5]], {}, "must be non-empty integers"),
+        ("text", {}, "no tokenizer"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"top_k": 0}, "top_k is 0"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([[1]], {"top_p": 1.5}, "top_p is 1.5"),
+        ([[1]], {"stop": [""]}, "non-empty strings"),
+        ([[1]], {"stop": "x"}, "stop strings need a tokenizer"),
+    ],
+)
+def test_bad_requests_are_refused(prompts, settings, message):
+    with pytest.raises(qjax.DataError, match=message):
+        tiny_lm().generate(prompts, **settings)
+
+
+def test_broken_weights_are_refused():
+    lm = tiny_lm()
+    broken = jax.tree.map(lambda x: x * jnp.nan, lm.split()[1])
+    with pytest.raises(qjax.DataError, match="logits are NaN or infinite"):
+        lm.with_state(broken, None).generate([[1, 2]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("ids", [np.zeros((0, 3), int), np.zeros(3, int), np.zeros((1, 300), int)])
+def test_bad_input_ids_are_refused(ids):
+    with pytest.raises(qjax.DataError):
+        tiny_lm()(ids)
+
+
+def test_streaming_needs_a_tokenizer():
+    with pytest.raises(qjax.DataError, match="no tokenizer"):
+        tiny_lm().stream([1, 2])
