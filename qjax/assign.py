@@ -9,7 +9,7 @@ from flax import nnx
 from qjax.config import QuantConfig, Rule
 from qjax.errors import ConfigError
 from qjax.qarray import block_for, is_qarray, scale_shape
-from qjax.tree import named_leaves
+from qjax.tree import is_array, leaves_by_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def assign(params: Any, cfg: QuantConfig) -> dict[str, Assignment]:
     rules = [*(Rule(path=pattern) for pattern in cfg.ignore), *cfg.rules]
     used = [False] * len(rules)
     assigned: dict[str, Assignment] = {}
-    candidates = [(n, leaf) for n, leaf in named_leaves(params) if _is_candidate(n, leaf)]
+    candidates = [(n, leaf) for n, leaf in leaves_by_name(params).items() if _is_candidate(n, leaf)]
     for name, leaf in candidates:
         matching = [i for i, rule in enumerate(rules) if rule.matches(name)]
         for i in matching:
@@ -53,6 +53,8 @@ def assign(params: Any, cfg: QuantConfig) -> dict[str, Assignment]:
 def _is_candidate(name: str, leaf: Any) -> bool:
     if is_qarray(leaf):
         return True
+    if not is_array(leaf):
+        return False
     # Biases of stacked layers and of many heads have two axes as well.
     matrix = len(leaf.shape) >= 2 and name.rpartition(".")[2] != "bias"
     return matrix and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Self
 
 from qjax import numerics
@@ -76,10 +77,25 @@ class Rule:
                 f"granularity {self.granularity!r} with group_size {self.group_size}: 'per_group' "
                 "needs a positive group_size, the others need -1"
             )
+        self._check_zero_point()
         self._check_activation()
+
+    def _check_zero_point(self) -> None:
+        if not isinstance(self.symmetric, bool):
+            raise ConfigError(f"symmetric is {self.symmetric!r}; choose true or false")
+        is_float = self.weight is not None and not numerics.get_format(self.weight).is_integer
+        if is_float and not self.symmetric:
+            raise ConfigError(f"weight {self.weight!r} has no zero point; set symmetric=True")
+        if self.scale_rule == "absmax_half" and (is_float or not self.symmetric):
+            raise ConfigError(
+                f"scale_rule 'absmax_half' is for symmetric integer formats, not {self.weight!r} "
+                f"with symmetric={self.symmetric}; use 'absmax'"
+            )
 
     def _check_activation(self) -> None:
         if self.act is None:
+            if self.act_scale == "static":
+                raise ConfigError("act_scale 'static' without act: name the format of activations")
             return
         act = numerics.get_format(self.act)
         if self.weight is None or numerics.get_format(self.weight).dtype != act.dtype:
@@ -130,13 +146,15 @@ class QuantConfig:
     True
     """
 
-    rules: tuple[Rule, ...]
-    ignore: tuple[str, ...] = ()
+    rules: Sequence[Rule]
+    ignore: Sequence[str] = ()
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignore, str):
-            raise ConfigError(f"ignore must be a list of patterns, not the string {self.ignore!r}")
+        for field in ("rules", "ignore"):
+            value = getattr(self, field)
+            if not isinstance(value, list | tuple):
+                raise ConfigError(f"{field} must be a list of patterns or rules, not {value!r}")
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if not self.rules:
@@ -200,7 +218,7 @@ def compile_pattern(pattern: object) -> re.Pattern[str]:
         raise ConfigError(f"a path must be a non-empty regular expression, not {pattern!r}")
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise ConfigError(f"path {pattern!r} is not a regular expression: {error}") from error
 
 

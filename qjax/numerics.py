@@ -91,7 +91,9 @@ def scale_from_amax(amax: jax.Array, fmt: Format, rule: str = "absmax") -> jax.A
     # Behind the barrier the divisor is no constant: XLA would multiply by its rounded reciprocal,
     # which is off by one bit for some amax, and other toolkits divide.
     divisor = jax.lax.optimization_barrier(jnp.float32(top))
-    return jnp.where(amax > 0, amax / divisor, jnp.float32(1))
+    # A subnormal scale would be flushed to 0, and 0 / 0 is NaN: the smallest normal is near enough.
+    scale = jnp.maximum(amax / divisor, jnp.finfo(jnp.float32).tiny)
+    return jnp.where(amax > 0, scale, jnp.float32(1))
 
 
 def round_to_format(x: jax.Array, fmt: Format) -> jax.Array:

@@ -24,6 +24,8 @@ def pack_int4(values: jax.Array) -> jax.Array:
     >>> pack_int4(jnp.array([1, -2, 7, -8], jnp.int4)).tolist()
     [225, 135]
     """
+    if values.dtype != jnp.int4:
+        raise TypeError(f"pack_int4 packs int4, not {values.dtype}")
     if values.shape[-1] % 2:
         fill = [(0, 0)] * (values.ndim - 1) + [(0, 1)]
         values = jnp.pad(values, fill)

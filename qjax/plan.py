@@ -12,7 +12,7 @@ from qjax.config import QuantConfig
 from qjax.errors import DataError
 from qjax.qarray import bits_of, is_qarray
 from qjax.quantize import quantize_leaf
-from qjax.tree import named_leaves
+from qjax.tree import is_array, named_leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,8 @@ def plan(params: Any, cfg: QuantConfig) -> Plan:
     assigned = assign(params, cfg)
     rows = []
     for name, leaf in named_leaves(params):
+        if not is_array(leaf):
+            continue
         before = after = leaf
         if name in assigned:
             amax = jax.ShapeDtypeStruct((leaf.shape[assigned[name].axis],), jnp.float32)
@@ -95,4 +97,4 @@ def plan(params: Any, cfg: QuantConfig) -> Plan:
 
 
 def _kind(leaf: Any) -> str:
-    return leaf.format if is_qarray(leaf) else jnp.dtype(leaf.dtype).name
+    return leaf.format if is_qarray(leaf) else str(leaf.dtype)

@@ -1,6 +1,7 @@
 """Named recipes, as data. The README's table of presets is checked against this one."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from qjax.config import QuantConfig, Rule
@@ -35,7 +36,7 @@ ALIASES: dict[str, str] = {
 }
 
 
-def preset(name: str, *, ignore: tuple[str, ...] | list[str] = (), **changes: Any) -> QuantConfig:
+def preset(name: str, *, ignore: Sequence[str] = (), **changes: Any) -> QuantConfig:
     """The recipe called `name`, a key of PRESETS or of ALIASES.
 
     Args:
@@ -56,4 +57,4 @@ def preset(name: str, *, ignore: tuple[str, ...] | list[str] = (), **changes: An
     if "group_size" in changes and "granularity" not in changes:
         changes["granularity"] = "per_channel" if changes["group_size"] == -1 else "per_group"
     settings = {"path": ".*"} | PRESETS[name] | changes
-    return QuantConfig(name=name, rules=(Rule(**settings),), ignore=tuple(ignore))
+    return QuantConfig(name=name, rules=(Rule(**settings),), ignore=ignore)

@@ -225,7 +225,9 @@ def _asymmetric_grid(
     low = jnp.minimum(jnp.min(blocks, axis=(-3, -1)), 0)
     high = jnp.maximum(jnp.max(blocks, axis=(-3, -1)), 0)
     levels = jax.lax.optimization_barrier(jnp.float32(fmt.max - fmt.min))  # see scale_from_amax
-    step = jnp.where(high > low, (high - low) / levels, jnp.float32(1))
+    # In halves, which is exact: high - low can pass the largest float32.
+    step = jnp.maximum((high / 2 - low / 2) / (levels / 2), jnp.finfo(jnp.float32).tiny)
+    step = jnp.where(high > low, step, jnp.float32(1))
     scale = step.astype(scale_dtype)
     zero = numerics.round_to_format(fmt.min - low / scale.astype(jnp.float32), fmt)
     return scale, zero
@@ -274,17 +276,28 @@ def validate(q: QArray, name: str = "QArray") -> None:
     Args:
       name: what the message calls q, usually its path.
     """
-    fmt = numerics.get_format(q.format)
+    try:
+        fmt = numerics.get_format(q.format)
+        expected = scale_shape(q.shape, q.block)
+    except ConfigError as error:
+        raise DataError(f"{name}: {error}") from error
+    if q.axis not in (-1, -2):
+        raise DataError(f"{name}: axis is {q.axis}; it must be -1 or -2")
     if q.values.dtype != fmt.dtype:
         raise DataError(f"{name}: values are {q.values.dtype}, but {q.format} needs {fmt.dtype}")
-    expected = scale_shape(q.shape, q.block)
-    for field in ("scale", "zero_point"):
+    for field, kind in (("scale", jnp.floating), ("zero_point", jnp.integer)):
         array = getattr(q, field)
-        if array is not None and array.shape != expected:
+        if array is None:
+            continue
+        if array.shape != expected:
             raise DataError(
                 f"{name}: {field} has shape {array.shape}; values {q.shape} in blocks of "
                 f"{q.block} need {expected}"
             )
+        if not jnp.issubdtype(array.dtype, kind):
+            raise DataError(f"{name}: {field} is {array.dtype}, not {kind.__name__}")
+    if q.global_scale is not None and q.global_scale.shape != ():
+        raise DataError(f"{name}: global_scale has shape {q.global_scale.shape}, not ()")
     if q.input is not None:
         features = q.shape[q.axis]
         for field in ("pre_scale", "perm"):

@@ -51,8 +51,10 @@ def quantize(
     ('int8', (4, 1))
     """
     assigned = assign(params, cfg)
-    _require_stats(assigned, stats)
-    check_finite({name: leaf for name, leaf in named_leaves(params) if name in assigned})
+    leaves = dict(named_leaves(params))
+    features = {name: leaves[name].shape[how.axis] for name, how in assigned.items()}
+    _require_stats(assigned, features, stats)
+    check_finite({name: leaves[name] for name in assigned})
     done = 0
 
     def convert(name: str, leaf: Any) -> Any:
@@ -83,7 +85,9 @@ def dequantize_tree(params: Any) -> Any:
     return jax.tree.map(lambda x: dequantize(x) if is_qarray(x) else x, params, is_leaf=is_qarray)
 
 
-def _require_stats(assigned: dict[str, Assignment], stats: Stats | None) -> None:
+def _require_stats(
+    assigned: dict[str, Assignment], features: dict[str, int], stats: Stats | None
+) -> None:
     needing = [name for name, how in assigned.items() if how.rule.needs_stats]
     missing = [name for name in needing if stats is None or name not in stats]
     if missing:
@@ -95,6 +99,11 @@ def _require_stats(assigned: dict[str, Assignment], stats: Stats | None) -> None
         )
     for name in needing:
         amax = (stats or {})[name]["amax"]
+        if amax.shape != (features[name],):
+            raise DataError(
+                f"the statistics of {name} are of another model: amax has shape {amax.shape}, the "
+                f"weight has {features[name]} inputs; calibrate this model"
+            )
         if _is_concrete(amax) and not np.isfinite(np.asarray(amax)).all():
             raise DataError(
                 f"the activations that reach {name} were NaN or infinite during calibration; "

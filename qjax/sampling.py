@@ -54,7 +54,7 @@ def filter_logits(logits: jax.Array, how: Sampling) -> jax.Array:
     keep = jnp.ones(ordered.shape, bool)
     if how.top_k is not None:
         keep = keep & (jnp.arange(ordered.shape[-1]) < how.top_k)
-    if how.top_p is not None:
+    if how.top_p is not None and how.top_p < 1:
         probabilities = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         keep = keep & (before < how.top_p)

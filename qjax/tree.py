@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from qjax.errors import DataError
+from qjax.errors import ConfigError
 from qjax.qarray import is_qarray
 
 
@@ -21,20 +21,28 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """[(name, leaf)] in tree order; a QArray is one leaf.
+    """[(name, leaf)] in tree order; a QArray is one leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)
+    return [(path_name(path), leaf) for path, leaf in flat]
+
+
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+    """{name: leaf} in tree order.
 
     Raises:
-      DataError: a leaf that is no array.
+      ConfigError: two leaves have one name, as in {"a.b": x, "a": {"b": y}}.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qarray)
-    leaves = [(path_name(path), leaf) for path, leaf in flat]
-    for name, leaf in leaves:
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise DataError(
-                f"leaf {name} is {leaf!r} ({type(leaf).__name__}), not an array; wrap it with "
-                "jnp.asarray or keep it out of the tree"
-            )
+    leaves: dict[str, Any] = {}
+    for name, leaf in named_leaves(tree):
+        if name in leaves:
+            raise ConfigError(f"two leaves of the tree are called {name}; rename one of them")
+        leaves[name] = leaf
     return leaves
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, concrete or abstract, or a QArray; trees may hold numbers too."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:

@@ -417,7 +417,7 @@ def test_stacked_layers_stay_stacked():
     assert_same(model(inputs(3, 4)), new(inputs(3, 4)))
     # Quantized, each layer of the stack has scales of its own; scan slices those too.
     graphdef, state = nnx.split(new)
-    q = quantize(state, preset("int8_wo", ignore=["bias"]))
+    q = quantize(state, preset("int8_wo"))
     assert q["linear"]["weight"].get_value().scale.shape == (5, 6, 1)
     got = nnx.merge(graphdef, q)(inputs(3, 4))
     want = nnx.merge(graphdef, dequantize_tree(q))(inputs(3, 4))

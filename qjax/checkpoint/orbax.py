@@ -19,7 +19,7 @@ from qjax.checkpoint import format as fmt
 from qjax.config import QuantConfig
 from qjax.errors import CheckpointError
 from qjax.qarray import is_qarray
-from qjax.tree import map_named, named_leaves
+from qjax.tree import is_array, leaves_by_name, map_named
 
 ARRAYS = "arrays"
 
@@ -51,9 +51,15 @@ def save(
       CheckpointError: `path` exists, or is something else than a checkpoint.
     """
     path = Path(path).absolute()
-    leaves = dict(named_leaves(params))
+    leaves = leaves_by_name(params)
     if not leaves:
         raise CheckpointError(f"nothing to save to {path}: the tree has no leaves")
+    for name, leaf in leaves.items():
+        if not is_array(leaf):
+            raise CheckpointError(
+                f"leaf {name} is {leaf!r} ({type(leaf).__name__}), not an array; wrap it with "
+                "jnp.asarray or keep it out of the tree"
+            )
     with _replacing(path, overwrite) as unfinished:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(unfinished / ARRAYS, _to_disk(leaves))
@@ -133,7 +139,7 @@ def fill(like: Any, leaves: Mapping[str, Any], source: str) -> Any:
     Raises:
       CheckpointError: if names or logical shapes differ, listing some.
     """
-    wanted = dict(named_leaves(like))
+    wanted = leaves_by_name(like)
     problems = [f"lacks {name}" for name in wanted if name not in leaves]
     problems += [f"has {name}, which the model lacks" for name in leaves if name not in wanted]
     problems += [
