@@ -55,24 +55,53 @@ def linear(
 def _quantized_linear(
     x: jax.Array, weight: QArray, out_dtype: jnp.dtype, implementation: str | None
 ) -> jax.Array:
-    values = weight.values if weight.axis == -1 else weight.values.swapaxes(-1, -2)
-    scale = weight.scale if weight.axis == -1 else weight.scale.swapaxes(-1, -2)
-    zero = weight.zero_point
-    if zero is not None and weight.axis == -2:
-        zero = zero.swapaxes(-1, -2)
-    if weight.global_scale is not None:
-        scale = scale.astype(jnp.float32) * weight.global_scale
     spec = weight.input
     if spec is not None:
         x = _transform_input(x, spec)
-    if spec is None or spec.format is None:
-        return weight_only.weight_only_gemm(
-            x, values, scale, zero, out_dtype=out_dtype, implementation=implementation
+    if spec is not None and spec.format is not None:
+        x_values, x_scale = quantize_activations(x, spec)
+        columns = weight.axis == -1
+        return scaled.scaled_gemm(
+            x_values,
+            x_scale,
+            weight.values if columns else weight.values.T,
+            weight.scale if columns else weight.scale.T,
+            out_dtype=out_dtype,
+            implementation=implementation,
         )
-    x_values, x_scale = quantize_activations(x, spec)
-    return scaled.scaled_gemm(
-        x_values, x_scale, values, scale, out_dtype=out_dtype, implementation=implementation
+    if weight.axis == -2:
+        return _transposed_linear(x, weight, out_dtype, implementation)
+    scale = weight.scale
+    if weight.global_scale is not None:
+        scale = scale.astype(jnp.float32) * weight.global_scale
+    return weight_only.weight_only_gemm(
+        x,
+        weight.values,
+        scale,
+        weight.zero_point,
+        out_dtype=out_dtype,
+        implementation=implementation,
     )
+
+
+def _transposed_linear(
+    x: jax.Array, weight: QArray, out_dtype: jnp.dtype, implementation: str | None
+) -> jax.Array:
+    """Weight-only product with an [in, out] weight, as raw trees of other frameworks have them.
+
+    Kernels want [out, in]. The weight is not transposed into that: XLA's GPU backend (jax 0.11.2)
+    gives wrong numbers for a transposed int4 that is converted, while a product over the first
+    axis is right.
+    """
+    if implementation not in (None, "xla"):
+        raise NotImplementedError(
+            f"implementation {implementation!r} takes [out, in] weights, not [in, out]; quantize "
+            "a converted model (qjax.nn.convert), or use implementation=None"
+        )
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    dense = dequantize(weight, x.dtype.name)
+    y = jax.lax.dot_general(x, dense, contract, preferred_element_type=jnp.float32)
+    return y.astype(out_dtype)
 
 
 def _transform_input(x: jax.Array, spec: InputSpec) -> jax.Array:

@@ -30,7 +30,7 @@ def random(shape, dtype="float32", seed=0):
 
 
 def as_jax(x, dtype="float32"):
-    return jnp.asarray(np.asarray(x, np.float32)).astype(dtype)
+    return jnp.asarray(np.asarray(x, np.float32).astype(jnp.dtype(dtype)))  # compiles nothing
 
 
 def assert_within(y, reference, bound):
@@ -129,20 +129,29 @@ every_granularity = pytest.mark.parametrize(
 )
 # Every type and every axis, without each with each.
 type_and_axis = pytest.mark.parametrize(("dtype", "axis"), [("float32", -2), ("bfloat16", -1)])
-WEIGHTS = [*((name, False) for name in oracles.FORMATS), ("int4", True), ("int8", True)]
 
 
-@type_and_axis
-@every_granularity
-@pytest.mark.parametrize(("name", "zero"), WEIGHTS)
-def test_linear_weight_only(name, zero, block, axis, dtype):
+def check_weight_only(name, block, axis, dtype, *, zero=False, scale_dtype="float32"):
     x = random((2, 3, IN), dtype)
-    scale_dtype = "bfloat16" if block == (1, 16) else "float32"
     q, *parts = weight_of(name, block, axis=axis, zero=zero, scale_dtype=scale_dtype)
     y = ops.linear(as_jax(x, dtype), q)
     assert y.dtype == dtype
     reference, bound = weight_only_reference(x, *parts, block, dtype)
     assert_within(y, reference, with_output(bound, reference, dtype))
+
+
+@type_and_axis
+@every_granularity
+@pytest.mark.parametrize("name", oracles.FORMATS)
+def test_linear_weight_only(name, block, axis, dtype):
+    check_weight_only(name, block, axis, dtype)
+
+
+@type_and_axis
+@pytest.mark.parametrize("name", oracles.INTEGERS)
+def test_linear_weight_only_with_zero_points(name, axis, dtype):
+    check_weight_only(name, (1, -1), axis, dtype, zero=True)
+    check_weight_only(name, (1, 16), axis, dtype, zero=True, scale_dtype="bfloat16")
 
 
 @both_types
@@ -265,6 +274,28 @@ def test_int8_products_are_exact():
         out_dtype=jnp.dtype(jnp.float32),
     )
     np.testing.assert_array_equal(np.asarray(raw, np.int64), expected)
+
+
+def test_int8_sums_are_integers_beyond_float32():
+    # Sums to 2**26, which float32 would round at every step: an exact sum is rounded once.
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(60, 128, (6, 4096)), rng.integers(60, 128, (8, 4096))
+    y = scaled.scaled_gemm(
+        jnp.asarray(x, jnp.int8),
+        jnp.float32(1),
+        jnp.asarray(w, jnp.int8),
+        jnp.ones((1, 1)),
+        out_dtype=jnp.dtype(jnp.float32),
+    )
+    exact = x.astype(np.int64) @ w.astype(np.int64).T
+    assert exact.min() > 2**24
+    np.testing.assert_array_equal(oracles.decode(y), oracles.narrow(exact, "float32"))
+
+
+@pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
+def test_linear_quantized_activations_of_an_empty_batch(granularity):
+    q, *_ = weight_of("int8", (1, -1), input=InputSpec(format="int8", granularity=granularity))
+    assert ops.linear(jnp.zeros((0, IN)), q).shape == (0, OUT)
 
 
 @both_types

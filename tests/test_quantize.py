@@ -315,6 +315,29 @@ def test_kernels_need_their_contracting_axis():
     assert (grouped.block, grouped.scale.shape) == ((8, 1), (4, 64))
 
 
+def test_kernels_of_more_than_two_axes_are_not_guessed():
+    # As of Flax's LinearGeneral, [in, heads, head_dim]: no stack of matrices.
+    tree = {"query": {"kernel": array(0, 16, 4, 8), "bias": array(1, 4, 8)}}
+    with pytest.raises(ConfigError, match=r"query\.kernel \(16, 4, 8\).*qjax\.nn\.convert"):
+        quantize(tree, preset("int8_wo", contract_axis=-2))
+
+
+def test_biases_with_two_axes_are_no_weights():
+    tree = {"weight": array(0, 3, 8, 16), "bias": array(1, 3, 8)}
+    assert quantized_names(quantize(tree, preset("int8_wo"))) == ["weight"]
+
+
+def test_stacked_weights_have_no_static_activation_scale():
+    tree = {"experts": {"weight": array(0, 3, 8, 16)}}
+    with pytest.raises(ConfigError, match=r"experts\.weight \(3, 8, 16\).*act_scale='dynamic'"):
+        quantize(tree, preset("fp8"), {"experts.weight": {"amax": jnp.ones(16)}})
+
+
+def test_a_module_is_refused_for_its_state():
+    with pytest.raises(ConfigError, match=r"nnx\.split"):
+        quantize(Net(), preset("int8_wo", contract_axis=-2))
+
+
 def test_contract_axis_of_a_rule_overrides_the_name():
     tree = {"weight": array(0, 32, 64)}
     q = quantize(tree, preset("int8_wo", contract_axis=-2))["weight"]
@@ -343,8 +366,10 @@ def test_quantized_weights_are_refused_or_ignored():
 # Bad numbers and statistics ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("convert", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
+@pytest.mark.parametrize(
+    ("bad", "convert"),
+    [(np.nan, jnp.asarray), (np.inf, jnp.asarray), (-np.inf, jnp.asarray), (np.nan, np.asarray)],
+)
 def test_weights_that_are_not_finite_are_named(bad, convert):
     tree = params()
     weight = np.array(tree["layers"][1]["mlp"]["up"]["weight"])
