@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -68,9 +69,9 @@ class Rule:
         one_of("method", self.method, METHODS)
         if self.scale_dtype is not None:
             one_of("scale_dtype", self.scale_dtype, ("float32", "bfloat16"))
-        if self.contract_axis not in (None, -1, -2):
+        if self.contract_axis is not None and not _is_one_of(self.contract_axis, (-1, -2)):
             raise ConfigError(f"contract_axis is {self.contract_axis!r}; choose -1, -2 or None")
-        if not isinstance(self.group_size, int) or self.group_size == 0 or self.group_size < -1:
+        if not _is_integer(self.group_size) or self.group_size == 0 or self.group_size < -1:
             raise ConfigError(f"group_size is {self.group_size!r}; choose a positive integer or -1")
         if (self.granularity == "per_group") != (self.group_size > 0):
             raise ConfigError(
@@ -122,7 +123,8 @@ class Rule:
         """Whether this rule is about the leaf called `name`. Protected leaves must be spelled."""
         if compile_pattern(self.path).search(name) is None:
             return False
-        return all(word in self.path for word in PROTECTED if word in name)
+        path, name = self.path.lower(), name.lower()
+        return all(word in path for word in PROTECTED if word in name)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -157,6 +159,8 @@ class QuantConfig:
                 raise ConfigError(f"{field} must be a list of patterns or rules, not {value!r}")
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"name is {self.name!r}; it must be a non-empty string")
         if not self.rules:
             raise ConfigError("a QuantConfig needs at least one rule")
         for rule in self.rules:
@@ -208,7 +212,7 @@ class CalibConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ConfigError(f"{field.name} is {value!r}; it must be a positive integer")
 
 
@@ -217,9 +221,19 @@ def compile_pattern(pattern: object) -> re.Pattern[str]:
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"a path must be a non-empty regular expression, not {pattern!r}")
     try:
-        return re.compile(pattern)
-    except (re.error, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # '[[a' means something else in some later Python
+            return re.compile(pattern)
+    except (re.error, OverflowError, Warning) as error:
         raise ConfigError(f"path {pattern!r} is not a regular expression: {error}") from error
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_one_of(value: object, allowed: tuple[int, ...]) -> bool:
+    return _is_integer(value) and value in allowed
 
 
 def _strict(cls: Any, data: object) -> Any:

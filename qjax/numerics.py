@@ -88,12 +88,19 @@ def scale_from_amax(amax: jax.Array, fmt: Format, rule: str = "absmax") -> jax.A
             f"scale rule 'absmax_half' is for integer formats, not {fmt.name!r}; use 'absmax'"
         )
     top = fmt.max + 0.5 if rule == "absmax_half" else fmt.max
-    # Behind the barrier the divisor is no constant: XLA would multiply by its rounded reciprocal,
-    # which is off by one bit for some amax, and other toolkits divide.
-    divisor = jax.lax.optimization_barrier(jnp.float32(top))
     # A subnormal scale would be flushed to 0, and 0 / 0 is NaN: the smallest normal is near enough.
-    scale = jnp.maximum(amax / divisor, jnp.finfo(jnp.float32).tiny)
+    scale = jnp.maximum(divide(amax, jnp.float32(top)), jnp.finfo(jnp.float32).tiny)
     return jnp.where(amax > 0, scale, jnp.float32(1))
+
+
+def divide(x: jax.Array, positive: jax.Array) -> jax.Array:
+    """x / positive, correctly rounded, for a positive divisor that broadcasts against x.
+
+    XLA compiles x / s with s broadcast as x * (1 / s), which rounds twice: scales come out one bit
+    off those of other toolkits, and exact ties go to the wrong side. A divisor that depends on each
+    x (though max(s, -|x|) is always s) is divided by as written.
+    """
+    return x / jnp.maximum(positive, -jnp.abs(x))
 
 
 def round_to_format(x: jax.Array, fmt: Format) -> jax.Array:

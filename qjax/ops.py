@@ -42,6 +42,10 @@ def linear(
       [..., out]. Sums are float32, or exact int32 for int8 x int8.
     """
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if weight.ndim != 2:
+        raise ValueError(f"linear takes one [out, in] weight, not {weight.shape}; scan over stacks")
+    if implementation not in (None, "xla") and not isinstance(weight, QArray):
+        raise ValueError(f"plain arrays have the implementation 'xla', not {implementation!r}")
     if isinstance(weight, QArray):
         y = _quantized_linear(x, weight, out_dtype, implementation)
     else:
@@ -131,7 +135,7 @@ def quantize_activations(x: jax.Array, spec: InputSpec) -> tuple[jax.Array, jax.
         axis = -1 if per_token else None
         amax = jnp.max(jnp.abs(x), axis=axis, keepdims=per_token, initial=0.0)
         scale = numerics.scale_from_amax(amax, fmt)
-    return numerics.round_to_format(x / scale, fmt), scale
+    return numerics.round_to_format(numerics.divide(x, scale), fmt), scale
 
 
 def embed(ids: jax.Array, table: Weight) -> jax.Array:

@@ -18,7 +18,7 @@ ACT_GRANULARITIES = ("per_tensor", "per_token")
     data_fields=["scale", "pre_scale", "perm"],
     meta_fields=["format", "granularity"],
 )
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class InputSpec:
     """What a product does to its activations x [..., in] before they meet the weight.
 
@@ -44,7 +44,7 @@ class InputSpec:
     data_fields=["values", "scale", "zero_point", "global_scale", "input"],
     meta_fields=["format", "block", "dtype", "axis", "layout"],
 )
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class QArray:
     """A quantized array: original ~= (values - zero_point) * scale [* global_scale].
 
@@ -184,6 +184,7 @@ def quantize_array(
 
     Raises:
       ConfigError: unknown format or rule, a block that does not divide, an asymmetric float.
+      DataError: x is not floating point.
 
     >>> q = quantize_array(jnp.array([[0.0, 0.5, -1.0, 7.0]]), "int4")
     >>> q.values.tolist(), q.scale.tolist()
@@ -191,6 +192,8 @@ def quantize_array(
     """
     fmt = numerics.get_format(format)
     one_of("scale dtype", scale_dtype, ("float32", "bfloat16"))
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise DataError(f"an array of {x.dtype} cannot be quantized; it must be floating point")
     if axis not in (-1, -2):
         raise ConfigError(f"axis {axis} cannot contract; choose -1 ([out, in]) or -2 ([in, out])")
     shape = scale_shape(x.shape, block)
@@ -199,12 +202,12 @@ def quantize_array(
     if symmetric:
         amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
         scale = numerics.scale_from_amax(amax, fmt, scale_rule).astype(scale_dtype)
-        scaled = blocks / _spread(scale.astype(jnp.float32))
+        scaled = numerics.divide(blocks, _spread(scale.astype(jnp.float32)))
     else:
         scale, zero_point = _asymmetric_grid(blocks, fmt, scale_dtype)
         zero = _spread(zero_point.astype(jnp.float32))
         # Round before the shift: the zero point is exact, and ties stay half to even in x / s.
-        scaled = jnp.round(blocks / _spread(scale.astype(jnp.float32))) + zero
+        scaled = jnp.round(numerics.divide(blocks, _spread(scale.astype(jnp.float32)))) + zero
     return QArray(
         values=numerics.round_to_format(scaled, fmt).reshape(x.shape),
         scale=scale,
@@ -224,12 +227,14 @@ def _asymmetric_grid(
         raise ConfigError(f"format {fmt.name!r} has no zero point; use symmetric=True")
     low = jnp.minimum(jnp.min(blocks, axis=(-3, -1)), 0)
     high = jnp.maximum(jnp.max(blocks, axis=(-3, -1)), 0)
-    levels = jax.lax.optimization_barrier(jnp.float32(fmt.max - fmt.min))  # see scale_from_amax
+    levels = jnp.float32(fmt.max - fmt.min)
     # In halves, which is exact: high - low can pass the largest float32.
-    step = jnp.maximum((high / 2 - low / 2) / (levels / 2), jnp.finfo(jnp.float32).tiny)
+    step = numerics.divide(high / 2 - low / 2, levels / 2)
+    step = jnp.maximum(step, jnp.finfo(jnp.float32).tiny)
     step = jnp.where(high > low, step, jnp.float32(1))
     scale = step.astype(scale_dtype)
-    zero = numerics.round_to_format(fmt.min - low / scale.astype(jnp.float32), fmt)
+    shift = numerics.divide(low, scale.astype(jnp.float32))
+    zero = numerics.round_to_format(fmt.min - shift, fmt)
     return scale, zero
 
 

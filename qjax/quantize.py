@@ -89,7 +89,7 @@ def _require_stats(
     assigned: dict[str, Assignment], features: dict[str, int], stats: Stats | None
 ) -> None:
     needing = [name for name, how in assigned.items() if how.rule.needs_stats]
-    missing = [name for name in needing if stats is None or name not in stats]
+    missing = [name for name in needing if stats is None or "amax" not in stats.get(name, {})]
     if missing:
         have = "none were given" if stats is None else f"stats has {len(stats)} other layers"
         raise DataError(
@@ -103,6 +103,11 @@ def _require_stats(
             raise DataError(
                 f"the statistics of {name} are of another model: amax has shape {amax.shape}, the "
                 f"weight has {features[name]} inputs; calibrate this model"
+            )
+        if _is_concrete(amax) and not np.asarray(amax).any():
+            raise DataError(
+                f"no calibration batch reached {name}: its largest activation is 0; calibrate with "
+                "batches that use the whole model, or give it act_scale='dynamic'"
             )
         if _is_concrete(amax) and not np.isfinite(np.asarray(amax)).all():
             raise DataError(

@@ -160,11 +160,6 @@ def test_absmax_half_divides_by_half_a_step_more(name):
 
 @every_format
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.xfail(
-    strict=True,
-    reason="XLA multiplies by the reciprocal of a broadcast scalar: put the barrier around "
-    "jnp.full_like(amax, top) instead",
-)
 def test_scale_is_the_nearest_float32(name, wrap):
     amax = np.random.default_rng(4).uniform(0.01, 100, 4000).astype(np.float32)
     scale = wrap(lambda amax: scale_from_amax(amax, FORMATS[name]))(jnp.asarray(amax))

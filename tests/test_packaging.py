@@ -117,10 +117,7 @@ def test_the_version_is_the_installed_one():
     assert getattr(importlib.import_module(module), name) == qjax.__version__
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="there is no README.md yet")
-
-
-@pytest.mark.parametrize("field", [pytest.param("readme", marks=NOT_YET), "license-files"])
+@pytest.mark.parametrize("field", ["readme", "license-files"])
 def test_files_that_pyproject_names_exist(field):
     names = PYPROJECT["project"][field]
     for name in [names] if isinstance(names, str) else names:
