@@ -72,6 +72,20 @@ def test_all_parts_of_a_leaf_round_trip(tmp_path):
     assert bits(restored["b"]) == bits(jnp.ones(3, jnp.bfloat16))
 
 
+def test_prng_keys_and_other_types_round_trip(tmp_path):
+    tree = {
+        "dropout": {"key": jax.random.key(3), "count": jnp.uint32(7)},
+        "mask": jnp.array([True]),
+    }
+    qjax.save(tmp_path / "t", tree)
+    restored = qjax.restore(tmp_path / "t", tree)
+    assert jax.random.bits(restored["dropout"]["key"]) == jax.random.bits(jax.random.key(3))
+    assert restored["dropout"]["count"] == 7
+    assert restored["mask"].dtype == bool
+    with pytest.raises(qjax.CheckpointError, match=r"leaf eps is 1e-06 \(float\)"):
+        qjax.save(tmp_path / "u", {"eps": 1e-6})
+
+
 def test_a_checkpoint_does_not_say_where_it_was_made(tmp_path):
     qjax.save(tmp_path / "q", {"weight": jnp.ones((2, 2))})
     for file in (tmp_path / "q").rglob("*"):

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import qjax
 from qjax.config import QuantConfig, Rule
 from qjax.errors import ConfigError, DataError
 from qjax.plan import plan
@@ -574,3 +575,26 @@ def test_leaves_of_one_name_are_refused(wrap):
     nested = {"weight": wrap(leaf)}
     with pytest.raises(ConfigError, match=r"a\.weight"):
         plan({"a.weight": leaf, "a": nested}, preset("int8_wo"))
+
+
+def test_modules_and_kernels_of_unknown_axes_are_refused():
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=r"nnx\.split\(model\)"):
+        quantize(model, preset("int8_wo"))
+    kernel = {"query": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}}
+    with pytest.raises(ConfigError, match=r"query\.kernel \(8, 2, 4\) has more than two axes"):
+        quantize(kernel, preset("int8_wo", contract_axis=-2))
+
+
+def test_static_scales_are_refused_where_nothing_is_calibrated():
+    stats = {"experts.weight": {"amax": jnp.ones(8)}, "embedding": {"amax": jnp.ones(8)}}
+    with pytest.raises(ConfigError, match="stacked weights"):
+        quantize({"experts": {"weight": jnp.ones((2, 4, 8))}}, preset("fp8"), stats)
+    with pytest.raises(ConfigError, match="embedding"):
+        quantize({"embedding": jnp.ones((4, 8))}, preset("fp8", path="embedding"), stats)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm_0.weight", "Embed_0.weight", "LM_HEAD.weight"])
+def test_protected_words_in_any_case(name):
+    tree = {name: jnp.ones((4, 8)), "weight": jnp.ones((4, 8))}
+    assert not isinstance(quantize(tree, preset("int8_wo"))[name], qjax.QArray)
