@@ -143,7 +143,9 @@ def test_held_out_windows_predict_each_token_once(corpus, tokenizer):
 
 
 def test_the_export_holds_the_same_weights(example, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(example, "SHARD_BYTES", 20_000)  # several shards
+    monkeypatch.setattr(
+        importlib.import_module("reference_export"), "SHARD_BYTES", 20_000
+    )  # several shards
     model = Llama(MODEL, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     example.export(tmp_path, MODEL, nnx.state(model), tokenizer)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

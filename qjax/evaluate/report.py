@@ -125,14 +125,14 @@ def _png(figure: Any) -> bytes:
 
 def _plot_size(comparison: Comparison) -> bytes:
     figure, axes = _figure()
-    for row in (comparison.baseline, *comparison.rows):
+    for index, row in enumerate((comparison.baseline, *comparison.rows)):
         # The error bar is the paired interval: it says what the format costs, not how hard the
         # text is, which all formats share.
         base = comparison.baseline.perplexity
         low, high = (base * (1 + change) for change in row.change_ci)
         errors = [[max(row.perplexity - low, 0)], [max(high - row.perplexity, 0)]]
         size = row.bytes_on_disk / 2**20
-        axes.errorbar(size, row.perplexity, yerr=errors, fmt="o", capsize=4)
+        axes.errorbar(size, row.perplexity, yerr=errors, fmt="o", capsize=4, color=f"C{index}")
         axes.annotate(row.preset, (size, row.perplexity), (6, 6), textcoords="offset points")
     axes.margins(x=0.12, y=0.1)
     axes.set_xlabel("size on disk, MiB")
@@ -144,17 +144,22 @@ def _plot_size(comparison: Comparison) -> bytes:
 
 def _plot_layers(comparison: Comparison) -> bytes:
     figure, axes = _figure()
-    for row in comparison.rows:
-        names = list(row.layer_errors)
-        order = sorted(range(len(names)), key=lambda i: natural_order(names[i]))
+    for index, row in enumerate(comparison.rows, 1):
+        names = sorted(row.layer_errors, key=natural_order)
+        # Formats may share their weights (int8, int8_wo): dashes let the one below show through.
         axes.plot(
-            [row.layer_errors[names[i]] for i in order], ".-", label=row.preset, linewidth=0.8
+            [row.layer_errors[name] for name in names],
+            marker=".",
+            linewidth=0.8,
+            linestyle=("-", "--")[index % 2],
+            color=f"C{index}",
+            label=row.preset,
         )
     axes.set_yscale("log")
     axes.set_xlabel("quantized weight, in model order")
     axes.set_ylabel("relative error of the weight")
     axes.set_title("Per-layer error: ||W - Q|| / ||W||")
     if comparison.rows:
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
     return _png(figure)
