@@ -98,9 +98,21 @@ def divide(x: jax.Array, positive: jax.Array) -> jax.Array:
 
     XLA compiles x / s with s broadcast as x * (1 / s), which rounds twice: scales come out one bit
     off those of other toolkits, and exact ties go to the wrong side. A divisor that depends on each
-    x (though max(s, -|x|) is always s) is divided by as written.
+    x (though max(s, -|x|) is always s) is divided by as written. On GPUs XLA's own division is only
+    within 2 ulps: there a tie may still go to either side.
     """
     return x / jnp.maximum(positive, -jnp.abs(x))
+
+
+def representable(scale: jax.Array, dtype: str) -> jax.Array:
+    """float32 scales, each rounded to a number that `dtype` ('float32', 'bfloat16') can hold.
+
+    Not scale.astype(dtype).astype(float32): XLA may drop that pair as excess precision, and the
+    numbers would be rounded against another scale than the one that is stored.
+    """
+    if dtype == "float32":
+        return scale
+    return jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
 
 
 def round_to_format(x: jax.Array, fmt: Format) -> jax.Array:

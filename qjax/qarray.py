@@ -201,16 +201,17 @@ def quantize_array(
     zero_point = None
     if symmetric:
         amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
-        scale = numerics.scale_from_amax(amax, fmt, scale_rule).astype(scale_dtype)
-        scaled = numerics.divide(blocks, _spread(scale.astype(jnp.float32)))
+        step = numerics.scale_from_amax(amax, fmt, scale_rule)
+        step = numerics.representable(step, scale_dtype)
+        scaled, zero_point = numerics.divide(blocks, _spread(step)), None
     else:
-        scale, zero_point = _asymmetric_grid(blocks, fmt, scale_dtype)
+        step, zero_point = _asymmetric_grid(blocks, fmt, scale_dtype)
         zero = _spread(zero_point.astype(jnp.float32))
         # Round before the shift: the zero point is exact, and ties stay half to even in x / s.
-        scaled = jnp.round(numerics.divide(blocks, _spread(scale.astype(jnp.float32)))) + zero
+        scaled = jnp.round(numerics.divide(blocks, _spread(step))) + zero
     return QArray(
         values=numerics.round_to_format(scaled, fmt).reshape(x.shape),
-        scale=scale,
+        scale=step.astype(scale_dtype),
         zero_point=zero_point,
         input=input,
         format=format,
@@ -223,6 +224,7 @@ def quantize_array(
 def _asymmetric_grid(
     blocks: jax.Array, fmt: numerics.Format, scale_dtype: str
 ) -> tuple[jax.Array, jax.Array]:
+    """Steps, float32 but representable in scale_dtype, and zero points."""
     if not fmt.is_integer:
         raise ConfigError(f"format {fmt.name!r} has no zero point; use symmetric=True")
     low = jnp.minimum(jnp.min(blocks, axis=(-3, -1)), 0)
@@ -232,10 +234,9 @@ def _asymmetric_grid(
     step = numerics.divide(high / 2 - low / 2, levels / 2)
     step = jnp.maximum(step, jnp.finfo(jnp.float32).tiny)
     step = jnp.where(high > low, step, jnp.float32(1))
-    scale = step.astype(scale_dtype)
-    shift = numerics.divide(low, scale.astype(jnp.float32))
-    zero = numerics.round_to_format(fmt.min - shift, fmt)
-    return scale, zero
+    step = numerics.representable(step, scale_dtype)
+    zero = numerics.round_to_format(fmt.min - numerics.divide(low, step), fmt)
+    return step, zero
 
 
 def dequantize(q: QArray, dtype: str | None = None) -> jax.Array:
