@@ -45,6 +45,10 @@ def assign(params: Any, cfg: QuantConfig) -> dict[str, Assignment]:
             used[i] = True
         if matching and rules[matching[0]].weight is not None:
             assigned[name] = _assignment(name, leaf, rules[matching[0]])
+    if all(used) and not assigned:
+        raise ConfigError(
+            "the recipe leaves every weight alone; give a rule with a weight format, or ignore less"
+        )
     if not all(used):
         _raise_unmatched(rules, used, [name for name, _ in candidates])
     return assigned

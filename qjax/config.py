@@ -33,7 +33,8 @@ class Rule:
       scale_rule: 'absmax' or 'absmax_half', see numerics.scale_from_amax.
       scale_dtype: 'float32', 'bfloat16'; None: bfloat16 for groups, else float32.
       act: format of the activations in products with the weight; None: weight-only.
-      act_granularity: 'per_token' or 'per_tensor'.
+      act_granularity: 'per_token' or 'per_tensor'. A dynamic per_tensor scale is taken over all
+        that is computed at once, other sequences and padding included.
       act_scale: 'dynamic' (from the activations, as they come) or 'static' (per_tensor, from
         calibration).
       method: the algorithm that chooses the numbers: 'rtn' (round to nearest).
@@ -159,8 +160,10 @@ class QuantConfig:
                 raise ConfigError(f"{field} must be a list of patterns or rules, not {value!r}")
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"name is {self.name!r}; it must be a non-empty string")
+        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ConfigError(
+                f"name is {self.name!r}; it names directories: use letters, digits, '_', '-', '.'"
+            )
         if not self.rules:
             raise ConfigError("a QuantConfig needs at least one rule")
         for rule in self.rules:
@@ -190,7 +193,7 @@ class QuantConfig:
     def from_json(cls, text: str) -> Self:
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"not a JSON recipe: {error}") from error
         return cls.from_dict(data)
 

@@ -44,17 +44,21 @@ class Request:
         seed: int,
         stop: str | int | Iterable[str | int],
     ) -> Self:
-        if max_new_tokens < 1:
-            raise DataError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-        stops = (stop,) if isinstance(stop, str | int) else tuple(stop)
-        if not all(isinstance(s, int) or (isinstance(s, str) and s) for s in stops):
+        if not _is_integer(max_new_tokens) or max_new_tokens < 1:
+            raise DataError(
+                f"max_new_tokens is {max_new_tokens!r}; it must be an integer, 1 or more"
+            )
+        if not _is_integer(seed) or not 0 <= seed < 2**32:
+            raise DataError(f"seed is {seed!r}; it must be an integer from 0 to 2**32 - 1")
+        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+        if not all(_is_integer(s) or (isinstance(s, str) and s) for s in stops):
             raise DataError(f"stop holds {stops!r}; give token ids and non-empty strings")
         return cls(
             prompts=[prompts] if isinstance(prompts, str) else prompts,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
             seed=seed,
-            stop_ids=tuple(s for s in stops if isinstance(s, int)),
+            stop_ids=tuple(int(s) for s in stops if isinstance(s, int | np.integer)),
             stop_strings=tuple(s for s in stops if isinstance(s, str)),
         )
 
@@ -65,7 +69,7 @@ class GenerationStats:
 
     Attributes:
       prompt_tokens, new_tokens: over the whole batch.
-      compile_s: seconds spent compiling; 0 when the shapes were seen before.
+      compile_s: seconds spent compiling; next to nothing when the shapes were seen before.
       prefill_s, decode_s: seconds of running; the first new token belongs to the prefill.
       prefill_tokens_per_s, decode_tokens_per_s: over the whole batch; 0 if nothing was decoded.
       peak_bytes: peak device memory of the process, where the backend reports it, else None.
@@ -110,7 +114,8 @@ def generate(lm: Any, request: Request) -> Generation:
         step = min(step + stride, request.max_new_tokens)
         carry = run.decode(carry, step)
         if request.stop_strings:
-            stopped = [run.find_stop(row) is not None for row in run.rows(carry)]
+            rows = enumerate(run.rows(carry))
+            stopped = [run.find_stop(index, row) is not None for index, row in rows]
             carry = dataclasses.replace(carry, done=carry.done | jnp.asarray(stopped))
     return run.result(carry)
 
@@ -130,7 +135,7 @@ def _pieces(run: "_Run", request: Request) -> Iterator[str]:
     for step in range(2, request.max_new_tokens + 2):
         row = run.rows(carry)[0]
         finished = bool(carry.done[0]) or step > request.max_new_tokens
-        text, stopped = run.text_of(row)
+        text, stopped = run.text_of(0, row)
         if stopped or finished:
             yield text[sent:]
             return
@@ -149,9 +154,15 @@ class _Run:
         self.tokenizer = lm.tokenizer
         self.request = request
         self.graphdef, self.state = lm.split()
+        for stop in request.stop_ids:
+            if not 0 <= stop < lm.config.vocab_size:
+                raise DataError(f"stop token {stop} is outside 0..{lm.config.vocab_size - 1}")
         if request.stop_strings and self.tokenizer is None:
             raise DataError("stop strings need a tokenizer, and this checkpoint has none")
         rows = _encode(lm, request)
+        # New tokens are decoded behind the end of their prompt: SentencePiece tokenizers drop the
+        # space in front of whatever comes first.
+        self.tails = [row[-4:] for row in rows]
         self.prompt_tokens = sum(map(len, rows))
         self.lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
         self.width = _round_up(max(map(len, rows)), BUCKET)
@@ -168,7 +179,7 @@ class _Run:
         (carry, finite), seconds = self._timed(
             prefill,
             (self.state, self.ids, self.lengths, self.end_ids, jax.random.key(self.request.seed)),
-            max_new=new,
+            max_new=_round_up(new, BUCKET),
             cache_length=cache_length,
             how=self.request.sampling,
         )
@@ -201,27 +212,34 @@ class _Run:
         tokens, counts = np.asarray(carry.tokens), np.asarray(carry.counts)
         return [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
 
-    def text_of(self, row: list[int]) -> tuple[str, bool]:
-        """Text of new tokens without end token, cut before the first stop string; was there one."""
+    def text_of(self, index: int, row: list[int]) -> tuple[str, bool]:
+        """Text of the new tokens `row` of sequence `index`, without end token and cut before the
+        first stop string; and whether there was one."""
         ends = set(np.asarray(self.end_ids).tolist())
         kept = row[:-1] if row and row[-1] in ends else row
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        tail = self.tails[index]
+        before = self.tokenizer.decode(tail, skip_special_tokens=True)
+        text = self.tokenizer.decode(tail + kept, skip_special_tokens=True)[len(before) :]
         cuts = [text.find(s) for s in self.request.stop_strings if s in text]
         return (text[: min(cuts)], True) if cuts else (text, False)
 
-    def find_stop(self, row: list[int]) -> int | None:
+    def find_stop(self, index: int, row: list[int]) -> int | None:
         """How many tokens it takes for a stop string to be complete; None if none is."""
-        if not self.request.stop_strings or not self.text_of(row)[1]:
+        if not self.request.stop_strings or not self.text_of(index, row)[1]:
             return None
-        return next(n for n in range(1, len(row) + 1) if self.text_of(row[:n])[1])
+        return next(n for n in range(1, len(row) + 1) if self.text_of(index, row[:n])[1])
 
     def result(self, carry: DecodeState) -> Generation:
-        rows = [row[: self.find_stop(row)] for row in self.rows(carry)]
+        rows = [row[: self.find_stop(i, row)] for i, row in enumerate(self.rows(carry))]
         lengths = np.asarray([len(row) for row in rows], np.int32)
         token_ids = np.zeros((len(rows), int(lengths.max())), np.int32)
         for at, row in zip(token_ids, rows, strict=True):
             at[: len(row)] = row
-        text = None if self.tokenizer is None else [self.text_of(row)[0] for row in rows]
+        text = (
+            None
+            if self.tokenizer is None
+            else [self.text_of(i, row)[0] for i, row in enumerate(rows)]
+        )
         decoded = int(np.asarray(carry.counts).sum()) - len(rows)
         stats = GenerationStats(
             prompt_tokens=self.prompt_tokens,
@@ -239,6 +257,12 @@ class _Run:
 def _encode(lm: Any, request: Request) -> list[list[int]]:
     """Token ids of each prompt, checked against vocabulary and context."""
     prompts = request.prompts
+    is_list = isinstance(prompts, list | tuple | np.ndarray | jax.Array)
+    if not is_list or getattr(prompts, "ndim", 1) == 0:
+        raise DataError(
+            f"prompts is {type(prompts).__name__}; give a string, a list of strings, or token ids "
+            "as [batch, seq]"
+        )
     if len(prompts) == 0:
         raise DataError("there are no prompts; give at least one")
     rows = []
@@ -246,9 +270,16 @@ def _encode(lm: Any, request: Request) -> list[list[int]]:
         if isinstance(prompt, str):
             if lm.tokenizer is None:
                 raise DataError("this checkpoint has no tokenizer; give prompts as token ids")
-            ids = lm.tokenizer(prompt)["input_ids"]
+            try:
+                ids = lm.tokenizer(prompt, verbose=False)["input_ids"]
+            except (TypeError, UnicodeError) as error:
+                raise DataError(f"prompt {index} is not valid Unicode text: {error}") from error
         else:
-            ids = np.asarray(prompt).tolist()
+            ids = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
+            if not isinstance(ids, list | tuple):
+                raise DataError(
+                    f"prompts[{index}] is {prompt!r}; give strings, or token ids as [batch, seq]"
+                )
         if not ids:
             raise DataError(f"prompt {index} is empty; give it at least one token")
         context = lm.config.max_position_embeddings
@@ -263,17 +294,26 @@ def _encode(lm: Any, request: Request) -> list[list[int]]:
     return rows
 
 
+# Executables by function, shapes and settings; the oldest goes when there are too many.
 _COMPILED: dict[Any, Callable[..., Any]] = {}
+_COMPILED_LIMIT = 64
 
 
 def _compile(function: Any, graphdef: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
     """The executable for these shapes, compiled once; apart, so that it can be timed apart."""
     leaves, treedef = jax.tree.flatten(args)
     shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
-    key = (function, graphdef, treedef, shapes, tuple(sorted(static.items())))
+    context = (jax.config.jax_default_matmul_precision, jax.config.jax_debug_nans)
+    key = (function, graphdef, treedef, shapes, tuple(sorted(static.items())), context)
     if key not in _COMPILED:
+        while len(_COMPILED) >= _COMPILED_LIMIT:
+            del _COMPILED[next(iter(_COMPILED))]
         _COMPILED[key] = function.lower(graphdef, *args, **static).compile()
     return _COMPILED[key]
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -21,7 +21,7 @@ from qjax.generate import Generation, Prompts, Request, generate, stream
 from qjax.models.registry import abstract_model, get_family
 from qjax.presets import preset
 from qjax.qarray import is_qarray
-from qjax.quantize import quantize
+from qjax.quantize import check_finite, quantize
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -79,12 +79,15 @@ class LanguageModel:
     def require_tokenizer(self, purpose: str) -> Any:
         """The tokenizer, or DataError saying what needs it."""
         if self.tokenizer is None:
-            raise DataError(f"{purpose} needs a tokenizer, and this checkpoint has none")
+            raise DataError(f"this checkpoint has no tokenizer, needed for {purpose}")
         return self.tokenizer
 
     def check_ids(self, input_ids: Any) -> jax.Array:
         """input_ids as int32 [batch, seq], or DataError saying what is wrong with them."""
-        ids = np.asarray(input_ids)
+        try:
+            ids = np.asarray(input_ids)
+        except ValueError as error:
+            raise DataError(f"input_ids must be [batch, seq]: {error}") from error
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
             raise DataError(
                 f"input_ids must be non-empty integers [batch, seq], not {ids.dtype} {ids.shape}"
@@ -247,7 +250,7 @@ def _load_own(path: Path, dtype: jnp.dtype | None) -> LanguageModel:
         config = get_family(model_type).config.from_dict(manifest.model["config"])
         recipe = manifest.quantization
         quantization = None if recipe is None else QuantConfig.from_dict(recipe)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / FILE} is damaged: {error!r}") from error
     graphdef, abstract = abstract_model(model_type, config, dtype or jnp.dtype(jnp.bfloat16))
     state = checkpoint.restore(path, abstract)
@@ -286,8 +289,11 @@ def _tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the tokenizer in {path} cannot be read: {error}") from error
+    except Exception as error:  # transformers raises many types for damaged files
+        first_line = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"the tokenizer in {path} cannot be read ({type(error).__name__}: {first_line})"
+        ) from error
 
 
 def quantize_model(
@@ -308,12 +314,15 @@ def quantize_model(
       ConfigError, DataError: as `quantize` and `calibrate`.
     """
     cfg = preset(cfg) if isinstance(cfg, str) else cfg
+    if not isinstance(cfg, QuantConfig):
+        raise DataError(f"cfg is {cfg!r}; give a qjax.QuantConfig or the name of a preset")
     if lm.quantization is not None:
         raise DataError(
             f"the model is quantized already, by {lm.quantization.name!r}; start from the original"
         )
+    _, state = lm.split()
+    check_finite(state)
     stats = None
     if cfg.needs_stats and batches is not None:
-        stats = calibrate(lm.model, batches)
-    _, state = lm.split()
+        stats = calibrate(lm.model, [lm.check_ids(batch) for batch in batches])
     return lm.with_state(quantize(state, cfg, stats, progress=progress), cfg)

@@ -4,6 +4,8 @@ Dispatch is explicit and readable: on the type of the weight, its format, and wh
 input.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from qjax_kernels.scaled_gemm import api as scaled
@@ -51,7 +53,11 @@ def linear(
     else:
         contract = (((x.ndim - 1,), (1,)), ((), ()))
         y = jax.lax.dot_general(
-            x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32
+            x,
+            weight.astype(x.dtype),
+            contract,
+            precision=_precision(x.dtype),
+            preferred_element_type=jnp.float32,
         ).astype(out_dtype)
     return y if bias is None else y + bias.astype(y.dtype)
 
@@ -104,8 +110,15 @@ def _transposed_linear(
         )
     contract = (((x.ndim - 1,), (0,)), ((), ()))
     dense = dequantize(weight, x.dtype.name)
-    y = jax.lax.dot_general(x, dense, contract, preferred_element_type=jnp.float32)
+    y = jax.lax.dot_general(
+        x, dense, contract, precision=_precision(x.dtype), preferred_element_type=jnp.float32
+    )
     return y.astype(out_dtype)
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """float32 products are float32 products: GPUs would take TF32, with 11 bits, by default."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _transform_input(x: jax.Array, spec: InputSpec) -> jax.Array:
@@ -146,6 +159,7 @@ def embed(ids: jax.Array, table: Weight) -> jax.Array:
         return jnp.take(dequantize(table), ids, axis=0)
     # Only the rows that are looked up are dequantized.
     flat = ids.reshape(-1)
+    table = dataclasses.replace(table, input=None)
     rows = jax.tree.map(lambda x: x if x.ndim == 0 else jnp.take(x, flat, axis=0), table)
     return dequantize(rows).reshape(*ids.shape, table.shape[-1])
 
@@ -204,7 +218,8 @@ def _einsum_float32(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     so there the operands are widened first, which is exact."""
 
     def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+        precision = _precision(a.dtype)
+        return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
     def widened(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))

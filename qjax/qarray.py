@@ -209,7 +209,7 @@ def quantize_array(
         zero = _spread(zero_point.astype(jnp.float32))
         # Round before the shift: the zero point is exact, and ties stay half to even in x / s.
         scaled = jnp.round(numerics.divide(blocks, _spread(step))) + zero
-    return QArray(
+    q = QArray(
         values=numerics.round_to_format(scaled, fmt).reshape(x.shape),
         scale=step.astype(scale_dtype),
         zero_point=zero_point,
@@ -219,6 +219,8 @@ def quantize_array(
         dtype=x.dtype.name,
         axis=axis,
     )
+    validate(q)
+    return q
 
 
 def _asymmetric_grid(
@@ -241,6 +243,9 @@ def _asymmetric_grid(
 
 def dequantize(q: QArray, dtype: str | None = None) -> jax.Array:
     """The array a QArray stands for: (values - zero_point) * scale * global_scale.
+
+    It is the weight that products use: what `q.input` does to activations first (perm, pre_scale)
+    is not folded in.
 
     Args:
       q: canonical layout.
@@ -305,8 +310,27 @@ def validate(q: QArray, name: str = "QArray") -> None:
     if q.global_scale is not None and q.global_scale.shape != ():
         raise DataError(f"{name}: global_scale has shape {q.global_scale.shape}, not ()")
     if q.input is not None:
+        if q.input.format is not None:
+            _validate_input_format(q, name)
         features = q.shape[q.axis]
         for field in ("pre_scale", "perm"):
             array = getattr(q.input, field)
             if array is not None and array.shape != (features,):
                 raise DataError(f"{name}: {field} has shape {array.shape}, not ({features},)")
+
+
+def _validate_input_format(q: QArray, name: str) -> None:
+    """Products of two quantized operands take one scale a row and a column, and no zero points."""
+    assert q.input is not None
+    if q.input.format != q.format or numerics.get_format(q.format).bits != 8:
+        raise DataError(
+            f"{name}: activations in {q.input.format!r} meet a weight in {q.format!r}; both must "
+            "have one 8-bit format"
+        )
+    per_channel = (1, -1) if q.axis == -1 else (-1, 1)
+    if q.block not in (per_channel, (-1, -1)) or q.zero_point is not None:
+        raise DataError(
+            f"{name}: quantized activations need a symmetric weight with one scale a channel or a "
+            f"matrix, not blocks of {q.block} with zero_point {q.zero_point is not None}"
+        )
+    one_of("act_granularity", q.input.granularity, ACT_GRANULARITIES, DataError)

@@ -53,8 +53,8 @@ def quantize(
     assigned = assign(params, cfg)
     leaves = dict(named_leaves(params))
     features = {name: leaves[name].shape[how.axis] for name, how in assigned.items()}
-    _require_stats(assigned, features, stats)
     check_finite({name: leaves[name] for name in assigned})
+    _require_stats(assigned, features, stats)
     done = 0
 
     def convert(name: str, leaf: Any) -> Any:
@@ -119,7 +119,7 @@ def _require_stats(
 def check_finite(leaves: Any) -> None:
     """Raise DataError naming the first concrete leaf that holds NaN or infinity."""
     for name, leaf in named_leaves(leaves):
-        if is_qarray(leaf) or not _is_concrete(leaf):
+        if is_qarray(leaf) or not _is_concrete(leaf) or leaf.size == 0:
             continue
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not _all_finite(leaf):
             raise DataError(

@@ -24,11 +24,14 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise DataError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise DataError(f"top_k is {self.top_k}; it must be 1 or more, or None")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        number = int | float
+        t = self.temperature
+        # Below a thousandth, logits would overflow; 0 is what is meant.
+        if not isinstance(t, number) or not (t == 0 or 1e-3 <= t <= 1e3):
+            raise DataError(f"temperature is {t!r}; it must be 0 (greedy), or from 0.001 to 1000")
+        if self.top_k is not None and not (isinstance(self.top_k, int) and 1 <= self.top_k < 2**31):
+            raise DataError(f"top_k is {self.top_k!r}; it must be an integer, 1 or more, or None")
+        if self.top_p is not None and not (isinstance(self.top_p, number) and 0 < self.top_p <= 1):
             raise DataError(f"top_p is {self.top_p}; it must be in (0, 1], or None")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qjax.config import CalibConfig
 from qjax.errors import DataError
 
 # Never trained on, nor vendored copies of them (recognised by content). Modules of many kinds and
@@ -178,3 +179,9 @@ def token_windows(text: Text, tokenizer: Any, *, count: int, seq_len: int) -> np
         )
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(int)
     return np.asarray([windows[i] for i in chosen], np.int32)
+
+
+def calibration_batches(tokenizer: Any, calib: CalibConfig) -> list[np.ndarray]:
+    """Calibration text as batches of token ids, int32 [batch_size, seq_len] each."""
+    windows = token_windows(calibration(), tokenizer, count=calib.samples, seq_len=calib.seq_len)
+    return [windows[at : at + calib.batch_size] for at in range(0, len(windows), calib.batch_size)]

@@ -156,6 +156,34 @@ def test_an_interrupted_overwrite_keeps_the_old(tmp_path):
     assert float(qjax.restore(tmp_path / "q")["weight"].sum()) == 4
 
 
+def test_an_overwrite_that_fails_at_the_last_step_keeps_the_old(tmp_path, monkeypatch):
+    qjax.save(tmp_path / "q", {"weight": jnp.ones((2, 2))})
+    rename = Path.rename
+
+    def fail_to_finish(self, target):
+        if "unfinished" in self.name:
+            raise OSError("disk full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_to_finish)
+    with pytest.raises(OSError, match="disk full"):
+        qjax.save(tmp_path / "q", {"weight": jnp.zeros((2, 2))}, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+    assert float(qjax.restore(tmp_path / "q")["weight"].sum()) == 4
+
+
+def test_a_sharding_that_does_not_divide_is_named(tmp_path):
+    q = qjax.quantize_array(jnp.ones((4, 12)), "int4")
+    qjax.save(tmp_path / "q", {"weight": q})
+    mesh = jax.make_mesh((4,), ("tp",), axis_types=(AxisType.Auto,))
+
+    def sharding(name, spec):
+        return NamedSharding(mesh, P(None, "tp") if name == "weight.values" else P())
+
+    with pytest.raises(qjax.CheckpointError, match=r"weight\.values, uint8\(4, 6\) on disk"):
+        qjax.restore(tmp_path / "q", sharding=sharding)
+
+
 def test_a_killed_save_does_not_load(tmp_path):
     """What a kill leaves behind: the hidden directory, with arrays but without qjax.json."""
     seen = tmp_path / "seen"
@@ -166,6 +194,15 @@ def test_a_killed_save_does_not_load(tmp_path):
     )
     with pytest.raises(qjax.CheckpointError, match=FILE):
         qjax.restore(seen)
+
+
+def test_links_are_followed(tmp_path):
+    qjax.save(tmp_path / "real", {"weight": jnp.ones((2, 2))})
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    qjax.save(tmp_path / "link", {"weight": jnp.zeros((2, 2))}, overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert float(qjax.restore(tmp_path / "real")["weight"].sum()) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
 
 
 def test_overwrite_is_asked_for_and_spares_foreign_directories(tmp_path):
@@ -204,7 +241,9 @@ LEAF = "layers.0.mlp.up_proj.weight"
         (lambda d: d.update(format="gguf"), "was not written by qjax"),
         (lambda d: d.pop("leaves"), "lacks leaves"),
         (lambda d: d.update(files=[]), "lacks files"),
-        (lambda d: d["files"].update(evil="x"), "evil is missing"),
+        (lambda d: d["files"].update({"../evil": "x"}), "which is not under arrays"),
+        (lambda d: d["files"].update({"arrays/evil": "x"}), "evil is missing"),
+        (lambda d: d.update(files={}), "files that are not in qjax.json"),
         (lambda d: d["leaves"].pop(LEAF), "not in qjax.json"),
         (lambda d: d["leaves"][LEAF].update(block=[1, 64]), f"{LEAF}.*scale has shape"),
         (lambda d: d["leaves"][LEAF].update(format="int8"), f"{LEAF}.*needs int8"),
@@ -215,6 +254,20 @@ LEAF = "layers.0.mlp.up_proj.weight"
         (lambda d: d["leaves"][LEAF].pop("block"), "damaged"),
         (lambda d: d["model"].update(model_type="mamba"), "unknown model_type 'mamba'.*llama"),
         (lambda d: d["model"]["config"].pop("rope"), "damaged"),
+        (lambda d: d["model"]["config"].update(vocab_size=None), "vocab_size is None"),
+        (lambda d: d["model"]["config"]["rope"].update(theta=-1), "rope theta is -1"),
+        (lambda d: d["model"]["config"].update(eos_token_id="x"), "eos_token_id is"),
+        (lambda d: d["leaves"][LEAF].update(kind="x"), "kind 'x'"),
+        (lambda d: d["leaves"][LEAF].update(dtype="int8"), "not floating point"),
+        (lambda d: d["leaves"][LEAF].update(layout="mine"), "layout 'mine'"),
+        (lambda d: d["leaves"][LEAF].update(block=[]), "not two integers"),
+        (
+            lambda d: d["leaves"][LEAF].update(input={"format": "int4", "granularity": "x"}),
+            "one 8-bit format",
+        ),
+        (lambda d: d["leaves"][LEAF]["parts"]["values"].update(shape=["256", 128]), "damaged"),
+        (lambda d: d.update(format_version=0), "format_version 0"),
+        (lambda d: d.update(format_version=True), "format_version True"),
         (lambda d: d.update(model=None), "qjax.restore"),
     ],
 )

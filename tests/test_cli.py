@@ -131,6 +131,12 @@ def test_tables(capsys):
         (["eval", "--dtype", "int8"], "choose 'float32' or 'bfloat16'"),
         (["compare", "--presets", "int8,int9"], "unknown preset 'int9'"),
         (["compare", "--presets", ","], "name at least one preset"),
+        (["compare", "--presets", "int8_wo, W8A16"], "asked for more than once"),
+        (["compare", "--html", "/dev/null/x.html"], "check the path"),
+        (["quantize", "--preset", "int8", "--out", "/dev/null/x"], "check the path"),
+        (["quantize", "--preset", "int8", "--ignore", "weight", "--plan"], "leaves every weight"),
+        (["eval", "--sequences", "1", "--seq-len", "32"], "two sequences or more"),
+        (["generate", "--prompt", "x", "--seed", "99999999999999999999"], "seed is"),
     ],
 )
 def test_bad_input_is_one_sentence_and_code_2(capsys, tmp_path, monkeypatch, argv, message):
@@ -167,3 +173,40 @@ def test_the_installed_command():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert json.loads(done.stdout)["qjax"] == qjax.__version__
     assert "torch" not in done.stderr
+
+
+def test_narrow_terminals_get_fewer_columns(monkeypatch, capsys):
+    from qjax.cli.common import print_table
+
+    columns, row = ("name", "a wide column", "another"), ("x", "1", "2")
+    monkeypatch.setenv("COLUMNS", "25")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    print_table(columns, [row], optional=("a wide column",))
+    out = capsys.readouterr().out
+    assert "another" in out
+    assert "wide" not in out
+    monkeypatch.setenv("COLUMNS", "60")
+    print_table(columns, [row], optional=("a wide column",))
+    assert "a wide column" in capsys.readouterr().out
+
+
+def test_a_weight_that_is_not_finite_is_named(capsys, tmp_path):
+    import jax.numpy as jnp
+
+    lm = qjax.load(REFERENCE)
+    name = "layers.3.self_attn.q_proj.weight"
+
+    def damage(leaf_name, leaf):
+        return leaf.at[1, 2].set(jnp.nan) if leaf_name == name else leaf
+
+    broken = qjax.tree.map_named(damage, lm.split()[1])
+    lm.with_state(broken, None).save(tmp_path / "broken")
+    for argv in (
+        ["quantize", "--preset", "fp8", "--out", tmp_path / "q"],
+        ["quantize", "--preset", "int4_wo", "--out", tmp_path / "q"],
+        ["compare", "--presets", "int8_wo", *SMALL],
+    ):
+        code, _, err = run(capsys, *argv, "--model", tmp_path / "broken")
+        assert code == 2
+        assert f"weight {name} (512, 256) holds NaN" in err.replace("\n", " ")
+        assert not (tmp_path / "q").exists()

@@ -59,7 +59,7 @@ configs = st.builds(
     QuantConfig,
     rules=st.lists(rules(), min_size=1, max_size=4),
     ignore=st.lists(patterns, max_size=3),
-    name=st.text(min_size=1, max_size=10),
+    name=st.from_regex(r"\w[\w.-]{0,9}", fullmatch=True),
 )
 
 

@@ -89,6 +89,15 @@ def edit(path: Path, **changes) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"vocab_size": None}, "lacks the key 'vocab_size'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "unknown rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "'linear' needs factor"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'; it must be a positive integer"),
+        ({"hidden_size": -1}, "hidden_size is -1"),
+        ({"num_key_value_heads": 3}, "must divide"),
+        ({"tie_word_embeddings": "false"}, "must be true or false"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1.0"),
+        ({"rope_parameters": 5}, "malformed"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope factor is 0.0"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
         ({"num_hidden_layers": 3}, r"lacks layers\.2\."),
         ({"num_hidden_layers": 1}, r"has layers\.1\..*which the model lacks"),
         ({"intermediate_size": 128}, r"of shape \(256, 128\), the model \(128, 128\)"),
@@ -152,6 +161,21 @@ def test_sharded_and_unknown_tensors(copy):
     index.unlink()
     save_file(tensors | {"vision.weight": tensors[names[0]]}, copy / "model.safetensors")
     with pytest.raises(qjax.CheckpointError, match=r"'vision\.weight' belongs to no part"):
+        qjax.load(copy)
+
+
+def test_end_tokens_come_from_both_configs(copy):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert qjax.load(copy).config.eos_token_id == (2, 7, 9)
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(copy):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(qjax.CheckpointError, match="is not its embedding"):
         qjax.load(copy)
 
 

@@ -364,7 +364,7 @@ def test_dequantize_refuses_device_layouts():
 
 
 def broken(**changes):
-    spec = InputSpec(pre_scale=jnp.ones(32), perm=jnp.arange(32), format="int8")
+    spec = InputSpec(pre_scale=jnp.ones(32), perm=jnp.arange(32))
     q = quantize_array(as_jax(random((16, 32))), "int4", block=(1, 8), symmetric=False, input=spec)
     return dataclasses.replace(q, **changes)
 
@@ -529,3 +529,20 @@ def test_scans_over_a_stack_of_layers():
         expected, bound = w @ expected, np.abs(w) @ bound
     # Three layers of 8 products and sums: 3 * 8 roundings of at most `bound`.
     assert (np.abs(oracles.decode(h) - expected) <= 25 * U * bound).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"block": (1, 8)},
+        {"symmetric": False},
+        {"input": InputSpec(format="fp8_e4m3")},
+        {"input": InputSpec(format="int8", granularity="per_row")},
+    ],
+    ids=str,
+)
+def test_activations_are_quantized_only_against_weights_that_allow_it(settings):
+    """A product of int8 with int8 has no place for groups or zero points; they must not be lost."""
+    arguments = {"input": InputSpec(format="int8")} | settings
+    with pytest.raises(DataError):
+        quantize_array(jnp.ones((16, 32)), "int8", **arguments)

@@ -14,8 +14,7 @@ import qjax
 from qjax.checkpoint.format import FILE
 from qjax.decode import activation_dtype
 from qjax.evaluate import compare, evaluate_perplexity
-from qjax.evaluate.compare import calibration_batches
-from qjax.text import held_out, token_windows
+from qjax.text import calibration_batches, held_out, token_windows
 from qjax.tree import map_named
 
 REFERENCE = ROOT / "checkpoints" / "reference"

@@ -65,14 +65,14 @@ class Manifest:
             )
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also of numbers with too many digits
             raise CheckpointError(f"{file} is damaged, not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != "qjax":
             raise CheckpointError(f'{file} was not written by qjax: it lacks "format": "qjax"')
         version = data.get("format_version")
-        if not isinstance(version, int) or version > VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise CheckpointError(
-                f"{file} has format_version {version!r}; this qjax reads up to {VERSION}: upgrade "
+                f"{file} has format_version {version!r}; this qjax reads 1 to {VERSION}: upgrade "
                 f"qjax (the checkpoint was written by qjax {data.get('qjax_version')!r})"
             )
         fields = [field.name for field in dataclasses.fields(cls)]
@@ -92,10 +92,19 @@ def record_files(root: Path, folder: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def verify_files(root: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raise CheckpointError naming the first file that is missing, truncated or changed."""
+def verify_files(root: Path, folder: str, files: dict[str, dict[str, Any]]) -> None:
+    """Raise CheckpointError naming the first file under `root`/`folder` that is missing, truncated,
+    changed, or not in `files`."""
+    extra = {f.relative_to(root).as_posix() for f in (root / folder).rglob("*") if f.is_file()}
+    extra -= files.keys()
+    if extra:
+        raise CheckpointError(
+            f"{root} has files that are not in {FILE}: {', '.join(sorted(extra))}"
+        )
     for name, record in files.items():
         file = root / name
+        if not file.resolve().is_relative_to((root / folder).resolve()):
+            raise CheckpointError(f"{FILE} names {name!r}, which is not under {folder}/")
         if not file.is_file():
             raise CheckpointError(f"{root} is truncated: its file {name} is missing")
         try:
@@ -155,6 +164,15 @@ def split_qarray(q: QArray) -> dict[str, Any]:
 def join_qarray(name: str, record: dict[str, Any], parts: dict[str, Any]) -> QArray:
     """Inverse of `split_qarray`, with the static fields of `record`; validated."""
     try:
+        if record["kind"] != "qarray" or record["layout"] != "canonical":
+            raise CheckpointError(
+                f"{FILE}: leaf {name} has kind {record['kind']!r} and layout {record['layout']!r}; "
+                "this qjax reads 'array', 'prng_key', and 'qarray' in layout 'canonical'"
+            )
+        if not jnp.issubdtype(jnp.dtype(record["dtype"]), jnp.floating):
+            raise TypeError(f"dtype {record['dtype']!r} is not floating point")
+        if len(record["block"]) != 2 or not all(type(n) is int for n in record["block"]):
+            raise TypeError(f"block {record['block']!r} is not two integers")
         spec = record["input"]
         if spec is not None:
             spec = InputSpec(
@@ -173,7 +191,7 @@ def join_qarray(name: str, record: dict[str, Any], parts: dict[str, Any]) -> QAr
         )
         validate(q, name)
     except (KeyError, TypeError, AttributeError, ConfigError, DataError) as error:
-        raise CheckpointError(f"{FILE} is damaged at leaf {name}: {error!r}") from error
+        raise CheckpointError(f"{FILE} is damaged at leaf {name}: {error}") from error
     return q
 
 
@@ -184,9 +202,10 @@ def _record_array(array: Any) -> dict[str, Any]:
 def array_spec(name: str, record: dict[str, Any]) -> jax.ShapeDtypeStruct:
     """The array a record describes, as it is in memory."""
     try:
-        return jax.ShapeDtypeStruct(
-            tuple(int(n) for n in record["shape"]), jnp.dtype(record["dtype"])
-        )
+        shape = record["shape"]
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"shape {shape!r} is not a list of sizes")
+        return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(record["dtype"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{FILE} is damaged at array {name}: {error!r}") from error
 

@@ -24,21 +24,37 @@ def read_config(path: Path) -> dict[str, Any]:
       CheckpointError: missing, damaged, or of a model that is quantized already.
     """
     data = _read_json(path / "config.json")
-    if "quantization_config" in data:
-        method = data["quantization_config"].get("quant_method")
+    quantization = data.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise CheckpointError(
             f"{path} is quantized already (quant_method {method!r}), which qjax does not read yet; "
             "load the original checkpoint and quantize it"
         )
     if not isinstance(data.get("model_type"), str):
         raise CheckpointError(f"{path / 'config.json'} names no model_type")
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        # Instruct models list the token that ends a turn only there.
+        ends = _ids(data.get("eos_token_id")) | _ids(_read_json(generation).get("eos_token_id"))
+        data["eos_token_id"] = sorted(ends)
     return data
+
+
+def _ids(value: Any) -> set[int]:
+    """None, an id, or a list of ids, as a set."""
+    if value is None:
+        return set()
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise CheckpointError(f"eos_token_id is {value!r}; it must be an integer or a list of them")
+    return set(ids)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} is not a JSON object")
@@ -98,8 +114,12 @@ def load_state(
         if progress is not None:
             progress(done, len(files))
     if "lm_head.weight" in leaves and abstract_state_lacks(abstract_state, "lm_head"):
-        # Tied models are sometimes stored with their head; it equals the embedding.
-        del leaves["lm_head.weight"]
+        # Tied models are sometimes stored with their head.
+        head = leaves.pop("lm_head.weight")
+        if not jnp.array_equal(head, leaves.get("embed_tokens.embedding", 0)):
+            raise CheckpointError(
+                f"{path} is tied (tie_word_embeddings), but its lm_head.weight is not its embedding"
+            )
     return fill(abstract_state, leaves, str(path))
 
 

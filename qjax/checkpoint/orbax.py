@@ -50,7 +50,7 @@ def save(
     Raises:
       CheckpointError: `path` exists, or is something else than a checkpoint.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()  # through links: what they point at is replaced, not they
     leaves = leaves_by_name(params)
     if not leaves:
         raise CheckpointError(f"nothing to save to {path}: the tree has no leaves")
@@ -97,6 +97,8 @@ def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
         unfinished.rename(path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if old is not None and old.exists() and not path.exists():
+            old.rename(path)
         raise
     if old is not None:
         shutil.rmtree(old)
@@ -113,9 +115,12 @@ def restore(
     Args:
       path: a checkpoint directory.
       like: a pytree with the names of the saved one (NNX state, dict; concrete or abstract,
-        quantized or not): the result has its structure. None: a flat dict, dotted name -> leaf.
+        quantized or not): the result has its structure. Only names and logical shapes of `like`
+        matter; dtypes and formats are those on disk. None: a flat dict, dotted name -> leaf.
       sharding: where arrays go, straight from disk: one sharding for all, or a function of
-        (name of the array, its ShapeDtypeStruct), names as in 'mlp.up_proj.weight.values'.
+        (name of the array, its ShapeDtypeStruct in memory), names as in
+        'mlp.up_proj.weight.values'. int4 is packed in pairs along its last axis on disk: each shard
+        must get whole pairs.
         None: the default device.
 
     Returns:
@@ -127,7 +132,7 @@ def restore(
     path = Path(path).absolute()
     manifest = fmt.Manifest.read(path)
     # Before Orbax sees a byte: it reports damage late, and not for every kind of it.
-    fmt.verify_files(path, manifest.files)
+    fmt.verify_files(path, ARRAYS, manifest.files)
     arrays = _read_arrays(path, _expected(manifest), _sharding_function(sharding))
     leaves = {name: _join(name, record, arrays) for name, record in manifest.leaves.items()}
     return leaves if like is None else fill(like, leaves, str(path))
@@ -190,9 +195,7 @@ def _read_arrays(
     """Restore exactly the expected arrays; on-disk names, dtypes and shapes are compared first."""
     on_disk = {name: fmt.disk_spec(spec) for name, spec in expected.items()}
     target = {
-        name: jax.ShapeDtypeStruct(
-            spec.shape, spec.dtype, sharding=sharding_for(name, expected[name])
-        )
+        name: _placed(name, spec, sharding_for(name, expected[name]))
         for name, spec in on_disk.items()
     }
     try:
@@ -200,16 +203,26 @@ def _read_arrays(
             found = checkpointer.metadata(path / ARRAYS).item_metadata.tree
             _compare(path, on_disk, found)
             arrays = checkpointer.restore(path / ARRAYS, target)
-    except CheckpointError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
-        raise CheckpointError(
-            f"{path} is truncated or damaged; its arrays cannot be read: {str(error)[:300]}"
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: its arrays cannot be read: {str(error)[:300]}") from error
     return {
         name: _unpack(array, expected[name].shape[-1]) if fmt.is_packed(expected[name]) else array
         for name, array in arrays.items()
     }
+
+
+def _placed(
+    name: str, on_disk: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+) -> jax.ShapeDtypeStruct:
+    try:
+        sharding.shard_shape(on_disk.shape)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{name}, {on_disk.dtype}{on_disk.shape} on disk, cannot be sharded as asked: {error}"
+        ) from error
+    return jax.ShapeDtypeStruct(on_disk.shape, on_disk.dtype, sharding=sharding)
 
 
 @partial(jax.jit, static_argnames=("n", "sharding"))
@@ -238,6 +251,8 @@ def _compare(path: Path, expected: dict[str, jax.ShapeDtypeStruct], found: Any) 
 
 def _join(name: str, record: dict[str, Any], arrays: dict[str, jax.Array]) -> Any:
     names = _array_names(name, record["parts"])
+    if record.get("kind") in ("array", "prng_key") and list(record["parts"]) != [""]:
+        raise CheckpointError(f"{fmt.FILE} is damaged at leaf {name}: it must have one array")
     if record.get("kind") == "array":
         return arrays[name]
     if record.get("kind") == "prng_key":

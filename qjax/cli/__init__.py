@@ -1,7 +1,7 @@
 """The command line: `qjax quantize | generate | eval | compare | info`.
 
-argparse, because it is in the standard library, starts at once and ends wrong usage with exit code
-2. Everything heavy is imported by the verb that runs.
+argparse, because it is in the standard library and ends wrong usage with exit code 2. What a verb
+alone needs (transformers, matplotlib, rich) is imported when it runs.
 """
 
 import argparse
@@ -50,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QJaxError as error:
         print(f"qjax {args.verb}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"qjax {args.verb}: error: {error}; check the path and its permissions", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
+        print("interrupted; a save that was under way does not load", file=sys.stderr)
         return 130
     return 0

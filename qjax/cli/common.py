@@ -60,30 +60,50 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
+    bars = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, Any] = {}
 
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+    def progress(stage: str, done: int, total: int) -> None:
+        bars.start()  # at the first call: bars that never move leave no empty line
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield progress
+    finally:
+        if tasks:
+            bars.stop()
 
 
-def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], title: str = "") -> None:
-    """A table on standard output; the first column is a name, the rest are numbers."""
+def print_table(
+    columns: tuple[str, ...],
+    rows: Sequence[tuple[str, ...]],
+    title: str = "",
+    optional: Sequence[str] = (),
+) -> None:
+    """A table on standard output; the first column is a name, the rest are numbers.
+
+    On a terminal too narrow for all, `optional` columns are left out, the first of them first.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, box=SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
     console = Console()
     if not console.is_terminal:
         # A pipe or a log has no width of its own: never cut cells there.
         console.width = max(console.width, 140)
+    cells = [columns, *rows]
+    for name in optional:
+        # Rich puts a blank on each side of a cell, and one between columns.
+        if sum(max(map(len, column)) + 3 for column in zip(*cells, strict=True)) <= console.width:
+            break
+        at = cells[0].index(name)
+        cells = [row[:at] + row[at + 1 :] for row in cells]
+    table = Table(title=title or None, box=SIMPLE_HEAD)
+    for index, column in enumerate(cells[0]):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in cells[1:]:
+        table.add_row(*row)
     console.print(table)

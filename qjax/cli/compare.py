@@ -33,9 +33,15 @@ def run(args: argparse.Namespace) -> None:
     from qjax.evaluate.compare import compare
     from qjax.evaluate.report import COLUMNS, SPEED_NOTE, table_rows, write_report
 
-    recipes = [preset(name) for name in args.presets.split(",") if name]
+    recipes = [preset(name.strip()) for name in args.presets.split(",") if name.strip()]
     if not recipes:
         raise ConfigError("name at least one preset, as in --presets fp8,int4_wo")
+    if args.html is not None:
+        # Now, not after minutes of work.
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        args.html.open("a", encoding="utf-8").close()
+    if args.keep is not None:
+        args.keep.mkdir(parents=True, exist_ok=True)
     lm = load_model(args)
     with progress_bars() as progress:
         result = compare(
@@ -53,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     if args.samples:
         for row in (result.baseline, *result.rows):
             print(f"--- {row.preset}\n{result.setup['prompt']}{row.sample}\n")
-    print_table(COLUMNS, table_rows(result))
+    print_table(COLUMNS, table_rows(result), optional=("95 % interval", "tokens/s here", "on disk"))
     print(SPEED_NOTE)
     for file in files[:1]:
         print(f"The same with plots: {file}")

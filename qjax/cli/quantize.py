@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qjax.cli.common import add_model, load_model, print_json, progress_bars
 from qjax.config import CalibConfig, QuantConfig
-from qjax.errors import ConfigError
+from qjax.errors import CheckpointError, ConfigError
 from qjax.presets import preset
 
 HELP = "quantize a checkpoint and save it"
@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     from qjax.lm import quantize_model
     from qjax.plan import plan
 
+    if args.out is not None and args.out.exists() and not args.overwrite and not args.plan:
+        raise CheckpointError(f"{args.out} exists already; pass --overwrite or another --out")
     if args.out is None and not args.plan:
         raise ConfigError("say where to write with --out DIRECTORY, or ask for the --plan only")
     cfg = _recipe(args)
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         return
     batches = None
     if cfg.needs_stats:
-        from qjax.evaluate.compare import calibration_batches
+        from qjax.text import calibration_batches
 
         batches = calibration_batches(lm.require_tokenizer("calibration"), calib)
     with progress_bars() as progress:
@@ -78,5 +80,5 @@ def _recipe(args: argparse.Namespace) -> QuantConfig:
         raise ConfigError("--ignore and --group-size go with --preset; edit the --config instead")
     try:
         return QuantConfig.from_json(args.config.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the recipe {args.config} cannot be read: {error}") from error

@@ -5,6 +5,8 @@ Efron and Tibshirani, An Introduction to the Bootstrap (1993), the percentile in
 
 import numpy as np
 
+from qjax.errors import DataError
+
 RESAMPLES = 4000
 LEVEL = 0.95
 
@@ -15,6 +17,8 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     For a paired comparison pass the per-sequence differences: what the two have in common (hard
     and easy sequences) cancels, and the interval is far narrower than those of the two means.
     """
+    if len(values) < 2:
+        raise DataError("an interval needs two sequences or more; evaluate more of them")
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(values), size=(RESAMPLES, len(values)))
     means = values[draws].mean(axis=1)

@@ -11,14 +11,14 @@ import numpy as np
 
 from qjax.calibrate import calibrate
 from qjax.config import CalibConfig, QuantConfig
-from qjax.errors import CheckpointError, DataError
+from qjax.errors import CheckpointError, ConfigError, DataError
 from qjax.evaluate.layers import layer_errors
 from qjax.evaluate.perplexity import Perplexity, evaluate_perplexity
 from qjax.lm import LanguageModel, load
 from qjax.presets import preset
 from qjax.qarray import QArray, bits_of
-from qjax.quantize import quantize
-from qjax.text import calibration, held_out, token_windows
+from qjax.quantize import check_finite, quantize
+from qjax.text import calibration_batches, held_out, token_windows
 from qjax.tree import named_leaves
 
 Progress = Callable[[str, int, int], None]
@@ -37,7 +37,7 @@ class Row:
       bits_per_byte: the loss in bits a byte of text.
       bits_per_weight: of the quantized matrices, scales counted (baseline: of the same matrices).
       model_bits_per_weight: of the whole model, embeddings and norms included.
-      bytes_on_disk: of the saved checkpoint's arrays.
+      bytes_on_disk: of the saved checkpoint, all files.
       prefill_tokens_per_s, decode_tokens_per_s: of the sample, on this machine.
       sample: greedy continuation of the prompt.
       layer_errors: name -> relative error of each quantized weight.
@@ -110,16 +110,23 @@ def compare(
     if lm.quantization is not None:
         raise DataError(f"the model is quantized already, by {lm.quantization.name!r}")
     recipes = [preset(p) if isinstance(p, str) else p for p in presets]
+    base_name = jax.tree.leaves(lm.split()[1])[0].dtype.name
+    names = [base_name, *(recipe.name for recipe in recipes)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{name!r} is asked for more than once; give recipes names of their own"
+            )
+    check_finite(lm.split()[1])
     calib = calib or CalibConfig()
     text = held_out()
     windows = token_windows(text, tokenizer, count=sequences, seq_len=seq_len)
     stats = None
     if any(recipe.needs_stats for recipe in recipes):
-        batches = calibration_batches(tokenizer, calib)
+        batches = [lm.check_ids(batch) for batch in calibration_batches(tokenizer, calib)]
         stats = calibrate(lm.model, batches, progress=_stage(progress, "calibrate"))
     with tempfile.TemporaryDirectory() as temporary:
         root = directory or Path(temporary)
-        base_name = jax.tree.leaves(lm.split()[1])[0].dtype.name
         base = _Measured(lm, base_name, windows, root, sample_tokens, progress)
         rows = []
         for recipe in recipes:
@@ -148,12 +155,6 @@ def compare(
     )
 
 
-def calibration_batches(tokenizer: Any, calib: CalibConfig) -> list[np.ndarray]:
-    """Calibration text as batches of token ids, int32 [batch_size, seq_len] each."""
-    windows = token_windows(calibration(), tokenizer, count=calib.samples, seq_len=calib.seq_len)
-    return [windows[at : at + calib.batch_size] for at in range(0, len(windows), calib.batch_size)]
-
-
 class _Measured:
     """A model saved, restored, and measured as restored."""
 
@@ -167,7 +168,7 @@ class _Measured:
         progress: Progress | None,
     ) -> None:
         path = root / name
-        lm.save(path, overwrite=True)
+        lm.save(path)
         self.name = name
         self.lm = load(path)
         _, self.state = self.lm.split()

@@ -38,6 +38,26 @@ class LlamaConfig:
     eos_token_id: tuple[int, ...] = ()
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (type(value) is int and value > 0):
+                raise CheckpointError(f"{field.name} is {value!r}; it must be a positive integer")
+            if field.type is bool and type(value) is not bool:
+                raise CheckpointError(f"{field.name} is {value!r}; it must be true or false")
+        if not (isinstance(self.rms_norm_eps, float) and 0 < self.rms_norm_eps < 1):
+            raise CheckpointError(f"rms_norm_eps is {self.rms_norm_eps!r}; it must be in (0, 1)")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise CheckpointError(
+                f"{self.num_attention_heads} heads of {self.head_dim} with "
+                f"{self.num_key_value_heads} key-value heads: the last must divide the first, and "
+                "the size of a head must be even"
+            )
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in self.eos_token_id):
+            raise CheckpointError(
+                f"eos_token_id is {self.eos_token_id!r}; token ids are 0..{self.vocab_size - 1}"
+            )
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """From the contents of a config.json.
@@ -50,27 +70,28 @@ class LlamaConfig:
                 f"hidden_act is {config['hidden_act']!r}; llama models here use 'silu'"
             )
         try:
-            heads = int(config["num_attention_heads"])
-            hidden = int(config["hidden_size"])
+            heads = config["num_attention_heads"]
             return cls(
-                vocab_size=int(config["vocab_size"]),
-                hidden_size=hidden,
-                intermediate_size=int(config["intermediate_size"]),
-                num_hidden_layers=int(config["num_hidden_layers"]),
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_hidden_layers=config["num_hidden_layers"],
                 num_attention_heads=heads,
-                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                max_position_embeddings=int(config["max_position_embeddings"]),
+                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+                max_position_embeddings=config["max_position_embeddings"],
                 rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                attention_bias=bool(config.get("attention_bias", False)),
-                mlp_bias=bool(config.get("mlp_bias", False)),
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                attention_bias=config.get("attention_bias", False),
+                mlp_bias=config.get("mlp_bias", False),
                 eos_token_id=_as_tuple(config.get("eos_token_id")),
                 rope=RopeConfig.from_hf(config),
             )
         except KeyError as error:
             raise CheckpointError(f"config.json of a llama model lacks the key {error}") from error
-        except TypeError as error:
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"config.json of a llama model is malformed: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:

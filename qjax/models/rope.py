@@ -34,6 +34,19 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
 
+    def __post_init__(self) -> None:
+        one_of("rope_type", self.type, ROPE_TYPES, CheckpointError)
+        one_of("rope_dtype", self.dtype, ("float32", "bfloat16"), CheckpointError)
+        for field in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise CheckpointError(f"rope {field} is {value!r}; it must be a positive number")
+        if type(self.original_max_position) is not int or self.original_max_position < 1:
+            raise CheckpointError(
+                f"rope original_max_position is {self.original_max_position!r}; it must be a "
+                "positive integer"
+            )
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """From a config.json: `rope_parameters` (transformers 5) or `rope_theta` and
@@ -45,6 +58,18 @@ class RopeConfig:
             ROPE_TYPES,
             CheckpointError,
         )
+        needed = {
+            "linear": ("factor",),
+            "llama3": (
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            ),
+        }
+        missing = [key for key in needed.get(kind, ()) if key not in rope]
+        if missing:
+            raise CheckpointError(f"rope_type {kind!r} needs {', '.join(missing)} in config.json")
         return cls(
             theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
             type=kind,

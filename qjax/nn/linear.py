@@ -39,7 +39,9 @@ class Linear(nnx.Module):
         x = x if self.dtype is None else x.astype(self.dtype)
         if self.observe:
             rows = jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1])
-            amax = jnp.max(rows, axis=0, initial=0.0)
+            # Said outright: a maximum need not pass NaN on.
+            finite = jnp.isfinite(rows).all(axis=0)
+            amax = jnp.where(finite, jnp.max(rows, axis=0, initial=0.0), jnp.nan)
             self.sow(nnx.Intermediate, "amax", amax)
         bias = None if self.bias is None else self.bias.get_value()
         return ops.linear(x, self.weight.get_value(), bias, out_dtype=out_dtype)

@@ -38,6 +38,10 @@ def scaled_gemm(
             f"x {x.dtype}{x.shape} and values {values.dtype}{values.shape} must agree in dtype and "
             "last axis"
         )
+    if scale.shape not in ((1, 1), (values.shape[0], 1)):
+        raise ValueError(
+            f"scale is {scale.shape}; scaled_gemm takes (1, 1) or ({values.shape[0]}, 1)"
+        )
     return dispatch(
         "scaled_gemm", IMPLEMENTATIONS, implementation, x, x_scale, values, scale, out_dtype
     )

@@ -31,4 +31,8 @@ def weight_only_gemm(
 def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """[..., in] x [out, in] -> float32 [..., out]."""
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+    # float32 activations ask for float32 products; GPUs would take TF32 by default.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x, weight, contract, precision=precision, preferred_element_type=jnp.float32
+    )
