@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -240,3 +241,35 @@ def uses():
 def test_public_names_are_used_by_a_test_or_an_example():
     missing = sorted(set(NAMES) - uses())
     assert not missing, f"no test and no example uses: {missing}"
+
+
+# ---------------------------------------------------------------- the Makefile's Python
+
+
+def find_python(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["/bin/sh", str(ROOT / "scripts" / "find-python")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_makefile_takes_a_python_that_is_named(tmp_path):
+    done = find_python(PATH="/bin:/usr/bin", HOME=str(tmp_path), PYTHON=sys.executable)
+    assert (done.returncode, done.stdout.strip()) == (0, sys.executable)
+
+
+def test_the_makefile_finds_a_python_of_pyenv(tmp_path):
+    folder = tmp_path / ".pyenv" / "versions" / "3.12.0" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python").symlink_to(sys.executable)
+    (tmp_path / "bin").mkdir()
+    for tool in ("ls", "cat"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    done = find_python(PATH=str(tmp_path / "bin"), HOME=str(tmp_path))
+    assert (done.returncode, done.stdout.strip()) == (0, str(folder / "python"))
+
+
+def test_the_makefile_says_what_is_missing(tmp_path):
+    (tmp_path / "cat").symlink_to(shutil.which("cat"))
+    done = find_python(PATH=str(tmp_path), HOME=str(tmp_path), PYTHON="/bin/false")
+    assert done.returncode == 1
+    assert "Python 3.12 or newer" in done.stderr
+    assert "make PYTHON=" in done.stderr
