@@ -8,6 +8,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from qjax_kernels.attention import xla as xla_attention
+from qjax_kernels.matmul import matmul
 from qjax_kernels.scaled_gemm import api as scaled
 from qjax_kernels.weight_only_gemm import api as weight_only
 
@@ -51,14 +53,7 @@ def linear(
     if isinstance(weight, QArray):
         y = _quantized_linear(x, weight, out_dtype, implementation)
     else:
-        contract = (((x.ndim - 1,), (1,)), ((), ()))
-        y = jax.lax.dot_general(
-            x,
-            weight.astype(x.dtype),
-            contract,
-            precision=_precision(x.dtype),
-            preferred_element_type=jnp.float32,
-        ).astype(out_dtype)
+        y = matmul(x, weight.astype(x.dtype)).astype(out_dtype)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -173,8 +168,25 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
       eps: added to the mean square.
     """
     x32 = x.astype(jnp.float32)
-    rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    rms = jax.lax.rsqrt(_mean(jnp.square(x32)) + eps)
     return (x32 * rms).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Mean of the last axis, float32 [..., features] -> [..., 1].
+
+    XLA's CPU reduces a row in an order that depends on the number of rows; in a product it does
+    not, so there the sum is a product with ones.
+    """
+
+    def product(x: jax.Array) -> jax.Array:
+        ones = jnp.ones((8, x.shape[-1]), x.dtype)
+        return matmul(x, ones)[..., :1] / x.shape[-1]
+
+    def reduction(x: jax.Array) -> jax.Array:
+        return jnp.mean(x, axis=-1, keepdims=True)
+
+    return jax.lax.platform_dependent(x, cpu=product, default=reduction)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -202,26 +214,4 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) ->
     Returns:
       [batch, tokens, heads, head_dim].
     """
-    batch, tokens, heads, head_dim = q.shape
-    kv_heads, length = k.shape[1:3]
-    grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
-    scores = _einsum_float32("btkgd,bksd->bkgts", grouped, k)
-    visible = jnp.arange(length)[None, None, :] <= positions[:, :, None]
-    scores = jnp.where(visible[:, None, None], scores / head_dim**0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = _einsum_float32("bkgts,bksd->btkgd", weights, v)
-    return mixed.astype(q.dtype).reshape(batch, tokens, heads, head_dim)
-
-
-def _einsum_float32(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product with float32 sums. XLA's CPU has no batched bfloat16 product with float32 results,
-    so there the operands are widened first, which is exact."""
-
-    def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
-        precision = _precision(a.dtype)
-        return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-    def widened(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))
-
-    return jax.lax.platform_dependent(a, b, cpu=widened, default=narrow)
+    return xla_attention.attention(q, k, v, positions)

@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from qjax_kernels.matmul import matmul
+
 
 @partial(jax.jit, static_argnames="out_dtype")
 def scaled_gemm(
@@ -12,6 +14,5 @@ def scaled_gemm(
 ) -> jax.Array:
     """See `api.scaled_gemm`."""
     accumulator = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    sums = jax.lax.dot_general(x, values, contract, preferred_element_type=accumulator)
+    sums = matmul(x, values, accumulator=accumulator)
     return (sums.astype(jnp.float32) * x_scale * scale[:, 0]).astype(out_dtype)

@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from qjax_kernels.matmul import matmul
+
 
 @partial(jax.jit, static_argnames="out_dtype")
 def weight_only_gemm(
@@ -19,20 +21,10 @@ def weight_only_gemm(
     rows, columns = scale.shape
     if rows in (1, out) and columns == 1 and zero_point is None:
         # The scale leaves the sum: the product runs on exact small numbers, whatever the type.
-        y = _matmul(x, values.astype(x.dtype))
+        y = matmul(x, values.astype(x.dtype))
         return (y * scale.astype(jnp.float32).reshape(rows)).astype(out_dtype)
     blocks = values.astype(jnp.float32).reshape(rows, out // rows, columns, features // columns)
     if zero_point is not None:
         blocks = blocks - zero_point.astype(jnp.float32)[:, None, :, None]
     weight = (blocks * scale.astype(jnp.float32)[:, None, :, None]).reshape(out, features)
-    return _matmul(x, weight.astype(x.dtype)).astype(out_dtype)
-
-
-def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """[..., in] x [out, in] -> float32 [..., out]."""
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    # float32 activations ask for float32 products; GPUs would take TF32 by default.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x, weight, contract, precision=precision, preferred_element_type=jnp.float32
-    )
+    return matmul(x, weight.astype(x.dtype)).astype(out_dtype)
