@@ -4,6 +4,10 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS := -qq --disable-pip-version-check
+# The compiler for GPUs is installed for the tests; where no GPU is, JAX is not to look for one.
+ifeq ($(shell command -v nvidia-smi),)
+export JAX_PLATFORMS ?= cpu
+endif
 
 help:
 	@echo "make demo    quantize the reference model to four formats and compare them"

@@ -1,0 +1,82 @@
+"""Microseconds a call, from the GPU's own clock: CUPTI's start and end of every kernel of the call.
+
+Gaps between kernels and the launches on the host are not in it, so it is what a kernel costs inside
+a decode loop that is one program.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import jax
+from jax.experimental.mosaic.gpu import profiler
+
+# A sequence of kernels must run one after the other, as launched: inside a CUDA graph kernels that
+# do not depend on each other may overlap, and their times would add up to more than the wall's.
+_OPTIONS = {"xla_gpu_graph_min_graph_size": 1_000_000}
+# A GPU that idles runs at a fifth of its clock and needs some milliseconds of work to leave that.
+_WARM_UP_SECONDS = 0.05
+
+
+def chain(function: Callable[..., Any], argument_sets: Sequence[tuple]) -> Callable[..., list]:
+    """One function of all sets that calls `function` once for each, in order.
+
+    Every result is returned and every call waits for the one before it, so that XLA can neither
+    drop a call nor merge two that share an operand (it concatenates small products).
+    """
+    shared = jax.jit(function)  # identical calls are lowered, and their kernels compiled, once
+
+    def run(*sets: tuple) -> list:
+        results: list = []
+        for arguments in sets:
+            if results:
+                arguments, results[-1] = jax.lax.optimization_barrier((arguments, results[-1]))
+            results.append(shared(*arguments))
+        return results
+
+    return run
+
+
+def kernel_times(
+    function: Callable[..., Any], argument_sets: Sequence[tuple], iterations: int = 5
+) -> list[list[tuple[str, float]]]:
+    """Run `function(*arguments)` for each of `argument_sets`, `iterations` times over.
+
+    Returns:
+      For each iteration the name and the microseconds of every kernel, in the order of launching:
+      those of the first set's call, then the second's.
+
+    Raises:
+      RuntimeError: no kernel ran, or the iterations ran different ones.
+    """
+    compiled = jax.jit(chain(function, argument_sets)).lower(*argument_sets).compile(_OPTIONS)
+    jax.block_until_ready(compiled(*argument_sets))
+    end = time.perf_counter() + _WARM_UP_SECONDS
+    while time.perf_counter() < end:
+        jax.block_until_ready(compiled(*argument_sets))
+    _, times = profiler.measure(compiled, aggregate=False, iterations=iterations)(*argument_sets)
+    if times is None:
+        raise RuntimeError("no GPU kernel ran")
+    if iterations == 1:
+        times = [times]
+    return [[(name, 1e3 * milliseconds) for name, milliseconds in kernels] for kernels in times]
+
+
+def time_kernels(
+    function: Callable[..., Any], argument_sets: Sequence[tuple], iterations: int = 5
+) -> float:
+    """Microseconds of one call of `function`: the times of all its kernels added up.
+
+    Args:
+      function: of arrays (pytrees of them, and None); traceable by JAX. Close over all else.
+      argument_sets: the arguments of one call each. Together they should be at least twice the
+        L2 cache (60 MB on an H200), or later calls find their operands there.
+      iterations: how many times all sets are run.
+
+    Returns:
+      The time of all sets' calls divided by the number of sets; the median over iterations.
+    """
+    times = kernel_times(function, argument_sets, iterations)
+    totals = [sum(microseconds for _, microseconds in kernels) for kernels in times]
+    return median(totals) / len(argument_sets)
