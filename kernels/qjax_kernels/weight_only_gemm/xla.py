@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax_kernels.matmul import matmul
+from qjax_kernels.weight_only_gemm.layout import Prepared, unprepare
 
 
 @partial(jax.jit, static_argnames="out_dtype")
@@ -28,3 +29,13 @@ def weight_only_gemm(
         blocks = blocks - zero_point.astype(jnp.float32)[:, None, :, None]
     weight = (blocks * scale.astype(jnp.float32)[:, None, :, None]).reshape(out, features)
     return matmul(x, weight.astype(x.dtype)).astype(out_dtype)
+
+
+@partial(jax.jit, static_argnames="out_dtype")
+def prepared_gemm(
+    x: jax.Array, weight: Prepared, bias: jax.Array | None, *, out_dtype: jnp.dtype
+) -> jax.Array:
+    """See `api.prepared_gemm`."""
+    values, scale, zero_point = unprepare(weight)
+    y = weight_only_gemm(x, values, scale, zero_point, out_dtype=jnp.dtype(jnp.float32))
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)

@@ -1,0 +1,124 @@
+"""How a product is cut into tiles, and what to try first for which shape."""
+
+import dataclasses
+from typing import Literal
+
+from qjax_kernels.weight_only_gemm.layout import BITS, Prepared
+
+SHARED_MEMORY = 232448  # bytes a block may have on Hopper
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tiles of the Hopper kernels.
+
+    Attributes:
+      kernel: 'stream' for few tokens: each block has 64 rows of the weight, its warpgroups share
+        the columns; bound by memory. 'tiled' for many: the warpgroups have 64 rows each and pass
+        all columns; bound by the tensor cores.
+      tokens: of a tile; a multiple of 8, at most 256.
+      warpgroups: that compute.
+      tiles: of 64 columns that a warpgroup takes at a time.
+      stages: of `tiles` that are under way at a time.
+      cluster: stream: blocks that share the columns of 64 rows; tiled: blocks that share tokens.
+      width: tiled: rows of tiles that are visited together, for the L2 cache.
+    """
+
+    kernel: Literal["stream", "tiled"]
+    tokens: int
+    warpgroups: int
+    tiles: int
+    stages: int
+    cluster: int = 1
+    width: int = 8
+
+
+def candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Config]:
+    """Configurations worth a try for x [tokens, in], best guess first; at most 6.
+
+    Args:
+      tokens: rows of x.
+      weight: only its shapes are read.
+      cores: multiprocessors.
+    """
+    stream, tiled = _stream(tokens, weight, cores), _tiled(tokens, weight)
+    if tokens <= 64:
+        return (stream + tiled)[:6]
+    return (tiled + stream[:1])[:6] if tokens <= 128 else tiled[:6]
+
+
+def _stream(tokens: int, weight: Prepared, cores: int) -> list[Config]:
+    tile = next((t for t in (8, 16, 32, 64) if tokens <= t), 64)
+    blocks = -(-weight.out_features // 64) * -(-tokens // tile)
+    columns = -(-weight.in_features // 64)
+    # Two blocks fit on a multiprocessor; fewer than one each leaves memory idle.
+    clusters = [c for c in (1, 2, 4, 8) if c == 1 or blocks * c <= 2 * cores]
+    best = next((c for c in clusters if blocks * c >= 0.9 * cores), clusters[-1])
+    found = []
+    for cluster in dict.fromkeys([best, *reversed(clusters)]):
+        shapes = ((4, 4, 2), (2, 4, 2), (4, 2, 2), (2, 2, 2))
+        if BITS[weight.format] == 8:
+            shapes = ((4, 2, 2), (2, 4, 2), (2, 2, 3), (2, 2, 2))
+        for warpgroups, tiles, stages in shapes:
+            config = Config(
+                kernel="stream", tokens=tile, warpgroups=warpgroups,
+                tiles=tiles, stages=stages, cluster=cluster,
+            )  # fmt: skip
+            if columns >= warpgroups * tiles * cluster and stream_fits(config, weight):
+                found.append(config)
+    return found[:4] if found else [_smallest(tile)]
+
+
+def _smallest(tile: int) -> Config:
+    return Config(kernel="stream", tokens=tile, warpgroups=1, tiles=4, stages=2)
+
+
+def stream_fits(config: Config, weight: Prepared) -> bool:
+    """Whether a stream has the memory, and each warpgroup begins with a group of its own."""
+    width, group = config.tiles * 64, weight.group_size
+    begins = weight.groups == 1 or width % group == 0
+    begins = begins or stream_steps(config, weight) * width % group == 0
+    return begins and stream_shared_memory(config, weight) <= SHARED_MEMORY
+
+
+def _tiled(tokens: int, weight: Prepared) -> list[Config]:
+    few = tokens <= 512
+    wide = Config(kernel="tiled", tokens=256, warpgroups=2, tiles=2, stages=2, cluster=2)
+    square = Config(kernel="tiled", tokens=128, warpgroups=2, tiles=2, stages=4)
+    narrow = Config(kernel="tiled", tokens=64, warpgroups=2, tiles=2, stages=6)
+    order = [square, narrow, wide] if few else [wide, square]
+    return [c for c in order if tiled_shared_memory(c, weight) <= SHARED_MEMORY]
+
+
+def stream_shared_memory(config: Config, weight: Prepared) -> int:
+    """Bytes, as `stream` allocates them."""
+    stage = config.tiles * (64 * 64 * BITS[weight.format] // 8 + config.tokens * 64 * 2)
+    groups = _groups_per_warpgroup(config, weight) if weight.groups > 1 else 0
+    per_group = 64 * weight.scale.dtype.itemsize
+    if weight.zero_point is not None:
+        groups = _groups_per_warpgroup(config, weight)
+        per_group += 64 * 2
+    sums = 64 * config.tokens * 4
+    output = config.tokens * 64 * 4
+    return config.warpgroups * (config.stages * stage + groups * per_group + sums) + output + 1024
+
+
+def tiled_shared_memory(config: Config, weight: Prepared) -> int:
+    """Bytes, as `tiled` allocates them."""
+    words = config.warpgroups * 64 * 64 * BITS[weight.format] // 8
+    stage = config.tiles * (words + config.tokens * 64 * 2)
+    if weight.groups > 1:
+        groups = max(1, config.tiles * 64 // weight.group_size)
+        numbers = weight.scale.dtype.itemsize + 2 * (weight.zero_point is not None)
+        stage += config.warpgroups * groups * 64 * numbers
+    return config.stages * stage + config.warpgroups * 2 * 64 * 64 * 2 + 1024
+
+
+def stream_steps(config: Config, weight: Prepared) -> int:
+    """Stages' worth of columns that each warpgroup of a stream takes."""
+    return -(-weight.in_features // (64 * config.tiles * config.warpgroups * config.cluster))
+
+
+def _groups_per_warpgroup(config: Config, weight: Prepared) -> int:
+    columns = stream_steps(config, weight) * config.tiles * 64
+    return -(-columns // weight.group_size)

@@ -1,0 +1,68 @@
+"""The weight-only kernels compile for an H200: no spills, memory that fits, tensor cores."""
+
+import h200
+import jax
+import jax.numpy as jnp
+import pytest
+from qjax_kernels.weight_only_gemm import api, mosaic
+from qjax_kernels.weight_only_gemm.config import candidates
+
+pytestmark = pytest.mark.heavy
+
+SHAPES = [(8192, 8192), (6144, 4096), (4096, 14336), (2560, 8192), (8192, 7168)]
+FORMATS = [("int4", 128, False), ("int4", 128, True), ("int4", 32, False), ("int8", 0, False)]
+FORMATS += [("float8_e4m3fn", 0, False)]
+
+
+def prepared(out, features, format, group_size, zeros):
+    groups = features // group_size if group_size else 1
+    of_group = jax.ShapeDtypeStruct((out, groups), jnp.bfloat16 if group_size else jnp.float32)
+    zero = jax.ShapeDtypeStruct((out, groups), jnp.int32) if zeros else None
+    shapes = jax.eval_shape(
+        api.prepare, jax.ShapeDtypeStruct((out, features), format), of_group, zero
+    )
+    return jax.tree.map(lambda leaf: h200.shape(leaf.shape, leaf.dtype), shapes)
+
+
+def check(kernel):
+    assert kernel.spills == 0
+    assert kernel.shared <= h200.SHARED_MEMORY
+    assert "wgmma.mma_async" in kernel.ptx
+    assert ".local" not in kernel.ptx
+
+
+@pytest.mark.parametrize(("format", "group_size", "zeros"), FORMATS)
+@pytest.mark.parametrize("tokens", [1, 16, 64, 256, 2048])
+def test_the_first_choice(tokens, format, group_size, zeros):
+    weight = prepared(8192, 8192, format, group_size, zeros)
+    x = h200.shape((tokens, 8192), jnp.bfloat16)
+
+    def product(x, weight):
+        return api.prepared_gemm(x, weight, out_dtype=jnp.bfloat16, implementation="mosaic")
+
+    compiled = h200.compile_for_h200(product, x, weight)
+    (kernel,) = compiled.kernels
+    check(kernel)
+    # One kernel and nothing beside it: every launch costs microseconds.
+    assert compiled.hlo.count("custom-call(") == 1
+    assert "fusion(" not in compiled.hlo
+
+
+@pytest.mark.parametrize(("out", "features"), SHAPES)
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_every_candidate(out, features, format):
+    weight = prepared(out, features, format, 128 if format == "int4" else 0, False)
+    seen = {}
+    for tokens in (1, 16, 64, 256, 2048):
+        for config in candidates(tokens, weight):
+            seen.setdefault(config, tokens)
+    for config, tokens in seen.items():
+        compiled = h200.compile_for_h200(
+            mosaic.prepared_gemm,
+            h200.shape((tokens, features), jnp.bfloat16),
+            weight,
+            out_dtype=jnp.bfloat16,
+            config=config,
+        )
+        (kernel,) = compiled.kernels
+        check(kernel)

@@ -1,0 +1,231 @@
+"""The Hopper weight-only kernels in the interpreter, against float64; and their packed layout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plgpu_shim  # noqa: F401 (teaches the interpreter wgmma with registers)
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qjax_kernels.weight_only_gemm import api, mosaic
+from qjax_kernels.weight_only_gemm.config import (
+    SHARED_MEMORY,
+    Config,
+    candidates,
+    stream_fits,
+    tiled_shared_memory,
+)
+
+LIMITS = {"int4": (-8, 8), "int8": (-128, 128)}
+
+
+def weight(out, features, format, group_size, zeros=False, seed=0):
+    """Canonical arrays, with scales that differ by a factor of 20, as NumPy and JAX arrays."""
+    rng = np.random.default_rng(seed)
+    if format in LIMITS:
+        values = rng.integers(*LIMITS[format], (out, features))
+    else:
+        values = rng.normal(size=(out, features)) * 20
+    values = jnp.asarray(values.astype(np.float32)).astype(format)
+    groups = features // group_size if group_size else 1
+    scale = jnp.asarray(np.exp(rng.uniform(-3, 0, (out, groups))), jnp.bfloat16)
+    zero = jnp.asarray(rng.integers(-8, 8, (out, groups)), jnp.int32) if zeros else None
+    return values, scale, zero
+
+
+def float64(values, scale, zero):
+    width = values.shape[1] // scale.shape[1]
+    dense = np.asarray(values.astype(jnp.float32), np.float64)
+    if zero is not None:
+        dense = dense - np.repeat(np.asarray(zero, np.float64), width, axis=1)
+    return dense * np.repeat(np.asarray(scale.astype(jnp.float32), np.float64), width, axis=1)
+
+
+def activations(tokens, features, dtype, outliers=False, seed=1):
+    x = np.random.default_rng(seed).normal(size=(tokens, features))
+    if outliers:
+        x[:, ::97] *= 300
+    return jnp.asarray(x, dtype)
+
+
+def check(y, x, dense, bias, out_unit, weight_unit):
+    """Every element within the sum of what each rounding can do.
+
+    weight_unit: of the rounding of weight times scale to the type of x, where a kernel does it (its
+    scale is exact in that type). Sums of k products in float32, in any order; the tensor cores keep
+    a few bits fewer, 2^-21 for each of their steps of 16, which covers both.
+    """
+    wide = np.asarray(x.astype(jnp.float32), np.float64)
+    reference = wide @ dense.T + bias
+    size = np.abs(wide) @ np.abs(dense).T + np.abs(bias)
+    steps = x.shape[1] / 16 + 8
+    bound = (weight_unit + steps * 2.0**-21) * size + 1.01 * out_unit * (np.abs(reference) + size)
+    bound = np.minimum(bound, (weight_unit + steps * 2.0**-21) * size + 1.1 * out_unit * size)
+    found = np.asarray(y.astype(jnp.float32), np.float64)
+    assert found.shape == reference.shape
+    assert np.isfinite(found).all()
+    assert (np.abs(found - reference) <= bound).all()
+    # Tighter, by row: roundings do not conspire.
+    error = np.linalg.norm(found - reference, axis=1) / np.linalg.norm(reference, axis=1)
+    assert error.max() <= 2 * (out_unit + weight_unit) + 1e-5
+
+
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+FORMATS = [
+    ("int4", 128, False), ("int4", 128, True), ("int4", 64, True), ("int4", 32, False),
+    ("int4", 0, True), ("int8", 0, False), ("int8", 64, True), ("float8_e4m3fn", 0, False),
+    ("float8_e4m3fn", 128, False), ("float8_e5m2", 0, False),
+]  # fmt: skip
+STREAM = Config(kernel="stream", tokens=8, warpgroups=2, tiles=2, stages=2)
+CLUSTER = Config(kernel="stream", tokens=16, warpgroups=1, tiles=2, stages=2, cluster=2)
+TILED = Config(kernel="tiled", tokens=64, warpgroups=2, tiles=2, stages=2)
+
+
+def rounds_weights(config, group_size) -> bool:
+    return bool(group_size) and (config.kernel == "tiled" or group_size % 64 != 0)
+
+
+@pytest.mark.parametrize("config", [STREAM, TILED], ids=["stream", "tiled"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("format", "group_size", "zeros"), FORMATS)
+def test_formats(format, group_size, zeros, dtype, config):
+    arrays = weight(128, 512, format, group_size, zeros)
+    if dtype == "float16":  # e4m3's 448 times 300 would overflow the sum's type otherwise
+        arrays = (arrays[0], arrays[1] / 64, arrays[2])
+    x = activations(5, 512, dtype, outliers=True)
+    bias = jnp.linspace(-3, 3, 128, dtype=dtype)
+    y = mosaic.prepared_gemm(
+        x, api.prepare(*arrays), bias, out_dtype=jnp.float32, config=config, interpret=True
+    )
+    unit = UNIT[dtype] if rounds_weights(config, group_size) else 0
+    check(y, x, float64(*arrays), np.asarray(bias, np.float64), UNIT["float32"], unit)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "out", "features", "config"),
+    [
+        (1, 64, 256, STREAM),
+        (3, 72, 200, STREAM),  # nothing divides
+        (9, 64, 1000, STREAM),
+        (8, 64, 512, CLUSTER),
+        (20, 200, 384, CLUSTER),
+        (1, 64, 64, TILED),
+        (70, 200, 328, TILED),
+        (129, 136, 128, TILED),
+        (64, 128, 384, Config(kernel="tiled", tokens=64, warpgroups=1, tiles=1, stages=3)),
+    ],
+)
+def test_any_shape(tokens, out, features, config):
+    arrays = weight(out, features, "int4", 0)
+    x = activations(tokens, features, jnp.bfloat16)
+    y = mosaic.prepared_gemm(
+        x, api.prepare(*arrays), out_dtype=jnp.bfloat16, config=config, interpret=True
+    )
+    check(y, x, float64(*arrays), np.zeros(out), UNIT["bfloat16"], 0)
+
+
+def test_leading_axes_and_no_tokens():
+    arrays = weight(64, 128, "int8", 0)
+    prepared = api.prepare(*arrays)
+    x = activations(6, 128, jnp.bfloat16)
+
+    def run(x):
+        return mosaic.prepared_gemm(x, prepared, out_dtype=jnp.bfloat16, interpret=True)
+
+    np.testing.assert_array_equal(run(x.reshape(2, 3, 128)).reshape(6, 64), run(x))
+    assert run(x[:0]).shape == (0, 64)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    format=st.sampled_from(["int4", "int8", "float8_e4m3fn", "float8_e5m2"]),
+    out=st.integers(1, 150), groups=st.integers(1, 5), group_size=st.sampled_from([32, 64, 128]),
+    zeros=st.booleans(),
+)  # fmt: skip
+def test_preparing_is_reversible(format, out, groups, group_size, zeros):
+    zeros = zeros and format.startswith("int")
+    arrays = weight(out, groups * group_size, format, group_size, zeros)
+    prepared = api.prepare(*arrays)
+    assert prepared.shape == arrays[0].shape
+    for before, after in zip(arrays, api.unprepare(prepared), strict=True):
+        if before is None:
+            assert after is None
+        else:
+            assert before.dtype == after.dtype
+            np.testing.assert_array_equal(before.astype(jnp.float32), after.astype(jnp.float32))
+
+
+def test_a_thread_has_its_words_together():
+    """The nibbles of word 0 of thread 0 are rows 0, 8 and columns 0, 1, 8, 9 (PTX, wgmma's A)."""
+    codes = np.zeros((64, 64), np.int8)
+    for nibble, (row, column) in enumerate([(0, 0), (8, 0), (0, 8), (8, 8)]):
+        codes[row, column], codes[row, column + 1] = nibble, nibble + 4
+    prepared = api.prepare(jnp.asarray(codes - 8).astype(jnp.int4), jnp.ones((64, 1)))
+    word = int(np.asarray(prepared.words).reshape(-1)[0])
+    assert [word >> 4 * i & 15 for i in range(8)] == list(range(8))
+
+
+def test_the_fallback_computes_the_same():
+    arrays = weight(72, 256, "int4", 128, zeros=True)
+    x, bias = activations(4, 256, jnp.bfloat16), jnp.ones(72, jnp.bfloat16)
+    y = api.prepared_gemm(x, api.prepare(*arrays), bias, out_dtype=jnp.float32)
+    check(y, x, float64(*arrays), np.ones(72), UNIT["float32"], UNIT["bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(dtype="float32"), "activations in float32; bfloat16 or float16"),
+        (dict(features=132), "132 in features; a multiple of 8"),
+        (dict(out=100), "100 out features; a multiple of 8"),
+    ],
+)
+def test_what_the_kernels_refuse(change, message):
+    size = dict(out=64, features=128, dtype="bfloat16") | change
+    arrays = weight(size["out"], size["features"], "int8", 0)
+    x = activations(2, size["features"], size["dtype"])
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic.prepared_gemm(x, api.prepare(*arrays), out_dtype=jnp.bfloat16, interpret=True)
+
+
+def test_what_preparing_refuses():
+    with pytest.raises(NotImplementedError, match="weights in int16; the formats are int4"):
+        api.prepare(jnp.ones((64, 64), jnp.int16), jnp.ones((64, 1)))
+    with pytest.raises(NotImplementedError, match="groups of 48; the kernels take 32, 64"):
+        api.prepare(jnp.ones((64, 96), jnp.int8), jnp.ones((64, 2)))
+    fp8 = jnp.ones((64, 64), jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="a zero point with float8_e4m3fn"):
+        api.prepare(fp8, jnp.ones((64, 1)), jnp.ones((64, 1), jnp.int32))
+
+
+def test_a_cpu_is_refused_by_name():
+    arrays = weight(64, 128, "int8", 0)
+    x = activations(2, 128, jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"mosaic: it needs an NVIDIA GPU .* not cpu"):
+        api.prepared_gemm(x, api.prepare(*arrays), out_dtype=jnp.bfloat16, implementation="mosaic")
+    with pytest.raises(ValueError, match="their last axes must agree"):
+        api.prepared_gemm(x[:, :64], api.prepare(*arrays), out_dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"bias is \(3,\); it must be \(64,\)"):
+        api.prepared_gemm(x, api.prepare(*arrays), jnp.ones(3), out_dtype=jnp.bfloat16)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(1, 9000), out=st.integers(1, 2000), features=st.integers(1, 500),
+    format=st.sampled_from(["int4", "int8"]), grouped=st.booleans(),
+)  # fmt: skip
+def test_candidates_fit(tokens, out, features, format, grouped):
+    features *= 128
+    shapes = jax.eval_shape(
+        api.prepare,
+        jax.ShapeDtypeStruct((out * 8, features), format),
+        jax.ShapeDtypeStruct((out * 8, features // 128 if grouped else 1), jnp.bfloat16),
+    )
+    configs = candidates(tokens, shapes)
+    assert 1 <= len(configs) <= 6
+    assert len(set(configs)) == len(configs)
+    for config in configs:
+        if config.kernel == "stream":
+            assert stream_fits(config, shapes)
+        else:
+            assert tiled_shared_memory(config, shapes) <= SHARED_MEMORY
