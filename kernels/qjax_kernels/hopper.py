@@ -15,3 +15,8 @@ def swizzled(columns: int, bits: int) -> tuple[Any, ...]:
 def load_row(ref: Any) -> jax.Array:
     """One number for each of the 64 rows of an accumulator, beside it in registers."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def load_column(ref: Any) -> jax.Array:
+    """One number for each of the columns of an accumulator, beside it in registers."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)

@@ -1,5 +1,7 @@
 """The weight-only kernels compile for an H200: no spills, memory that fits, tensor cores."""
 
+import functools
+
 import h200
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,15 @@ FORMATS = [("int4", 128, False), ("int4", 128, True), ("int4", 32, False), ("int
 FORMATS += [("float8_e4m3fn", 0, False)]
 
 
-def prepared(out, features, format, group_size, zeros):
+def prepared(out, features, format, group_size, zeros, operand="float16"):
     groups = features // group_size if group_size else 1
     of_group = jax.ShapeDtypeStruct((out, groups), jnp.bfloat16 if group_size else jnp.float32)
     zero = jax.ShapeDtypeStruct((out, groups), jnp.int32) if zeros else None
     shapes = jax.eval_shape(
-        api.prepare, jax.ShapeDtypeStruct((out, features), format), of_group, zero
+        functools.partial(api.prepare, operand=operand),
+        jax.ShapeDtypeStruct((out, features), format),
+        of_group,
+        zero,
     )
     return jax.tree.map(lambda leaf: h200.shape(leaf.shape, leaf.dtype), shapes)
 
@@ -66,3 +71,29 @@ def test_every_candidate(out, features, format):
         )
         (kernel,) = compiled.kernels
         check(kernel)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 256, 2048])
+def test_fp8_activations(tokens):
+    weight = prepared(8192, 8192, "int4", 128, False, "float8_e4m3fn")
+    rounded = -(-tokens // 256) * 256
+    described = api.Fp8(
+        h200.shape((rounded,), jnp.float32), h200.shape((weight.groups, rounded), jnp.float32)
+    )
+
+    def product(x, x_scale, weight, described):
+        return api.w4a8_gemm(
+            x, x_scale, weight, None, described, out_dtype=jnp.bfloat16, implementation="mosaic"
+        )
+
+    compiled = h200.compile_for_h200(
+        product,
+        h200.shape((tokens, 8192), jnp.float8_e4m3fn),
+        h200.shape((tokens, 1), jnp.float32),
+        weight,
+        described,
+    )
+    (kernel,) = compiled.kernels
+    check(kernel)
+    assert "e4m3.e4m3" in kernel.ptx
+    assert "fusion(" not in compiled.hlo

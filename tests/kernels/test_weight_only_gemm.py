@@ -1,5 +1,7 @@
 """The Hopper weight-only kernels in the interpreter, against float64; and their packed layout."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,7 @@ def test_formats(format, group_size, zeros, dtype, config):
         (70, 200, 328, TILED),
         (129, 136, 128, TILED),
         (64, 128, 384, Config(kernel="tiled", tokens=64, warpgroups=1, tiles=1, stages=3)),
+        (64, 128, 384, Config(kernel="tiled", tokens=64, warpgroups=1, tiles=2, stages=2, parts=2)),
     ],
 )
 def test_any_shape(tokens, out, features, config):
@@ -163,6 +166,77 @@ def test_a_thread_has_its_words_together():
     prepared = api.prepare(jnp.asarray(codes - 8).astype(jnp.int4), jnp.ones((64, 1)))
     word = int(np.asarray(prepared.words).reshape(-1)[0])
     assert [word >> 4 * i & 15 for i in range(8)] == list(range(8))
+
+
+FP8 = [
+    (3, 128, 512, 128, STREAM),
+    (3, 72, 512, 0, Config(kernel="stream", tokens=8, warpgroups=1, tiles=4, stages=2, cluster=2)),
+    (20, 64, 1536, 256, Config(kernel="stream", tokens=16, warpgroups=3, tiles=4, stages=2)),
+    (70, 136, 512, 256, TILED),
+    (70, 136, 384, 128, TILED),
+    (70, 136, 512, 0, TILED),
+]
+
+
+@pytest.mark.parametrize(("tokens", "out", "features", "group_size", "config"), FP8)
+def test_fp8_activations(tokens, out, features, group_size, config):
+    """The products and their sums are float32 in the interpreter; only they round."""
+    arrays = weight(out, features, "int4", group_size)
+    x = jnp.clip(activations(tokens, features, jnp.float32, outliers=True), -448, 448)
+    x = x.astype(jnp.float8_e4m3fn)
+    x_scale = jnp.linspace(0.5, 2.5, tokens, dtype=jnp.float32)[:, None]
+    bias = jnp.linspace(-3, 3, out, dtype=jnp.float32)
+    prepared = api.prepare(*arrays[:2], operand="float8_e4m3fn")
+    for values, again in zip(arrays[:2], api.unprepare(prepared), strict=False):
+        np.testing.assert_array_equal(values.astype(jnp.float32), again.astype(jnp.float32))
+    wide = np.asarray(x.astype(jnp.float32), np.float64)
+    dense = float64(*arrays)
+    reference = wide @ dense.T * np.asarray(x_scale) + np.asarray(bias)
+    # The codes are up to 15 where weights are up to 8: sums of twice the size and what is taken
+    # off them, then four products and sums.
+    scale = np.abs(dense).max(axis=1)
+    size = np.asarray(x_scale) * np.abs(wide).sum(axis=1)[:, None] * 3 * scale + np.abs(bias)
+    bound = (features + 8) * UNIT["float32"] * size
+    for y in (
+        mosaic.fp8_prepared_gemm(
+            x, x_scale, prepared, bias, out_dtype=jnp.float32, config=config, interpret=True
+        ),
+        api.w4a8_gemm(x, x_scale, prepared, bias, out_dtype=jnp.float32),
+    ):
+        assert (np.abs(np.asarray(y, np.float64) - reference) <= bound).all()
+        error = np.linalg.norm(y - reference, axis=1) / np.linalg.norm(reference, axis=1)
+        assert error.max() <= 1e-5
+
+
+def test_fp8_activations_take_one_scale_and_a_description():
+    arrays = weight(64, 256, "int4", 128)
+    prepared = api.prepare(*arrays[:2], operand="float8_e4m3fn")
+    x = activations(4, 256, jnp.float8_e4m3fn)
+    one, each = jnp.float32(0.25), jnp.full((4, 1), 0.25, jnp.float32)
+    run = functools.partial(
+        mosaic.fp8_prepared_gemm, out_dtype=jnp.float32, config=STREAM, interpret=True
+    )
+    np.testing.assert_array_equal(run(x, one, prepared), run(x, each, prepared))
+    described = api.describe(x, one, prepared)
+    np.testing.assert_array_equal(run(x, one, prepared), run(x, one, prepared, None, described))
+
+
+def test_what_fp8_activations_refuse():
+    arrays = weight(64, 256, "int4", 64, zeros=True)
+    with pytest.raises(NotImplementedError, match="groups of 64 with fp8 activations; 128 or 256"):
+        api.prepare(*arrays[:2], operand="float8_e4m3fn")
+    with pytest.raises(NotImplementedError, match="a zero point with fp8"):
+        api.prepare(arrays[0], arrays[1][:, :1], arrays[2][:, :1], operand="float8_e4m3fn")
+    with pytest.raises(NotImplementedError, match="int8 weights for activations in float8_e4m3fn"):
+        api.prepare(jnp.ones((64, 128), jnp.int8), jnp.ones((64, 1)), operand="float8_e4m3fn")
+    x, scale = activations(4, 256, jnp.float8_e4m3fn), jnp.float32(1)
+    with pytest.raises(ValueError, match="prepared with operand='float8_e4m3fn'"):
+        api.w4a8_gemm(x, scale, api.prepare(*arrays), out_dtype=jnp.float32)
+    prepared = api.prepare(arrays[0], arrays[1][:, :1], operand="float8_e4m3fn")
+    with pytest.raises(NotImplementedError, match="activations in float8_e5m2; float8_e4m3fn"):
+        mosaic.fp8_prepared_gemm(
+            x.astype(jnp.float8_e5m2), scale, prepared, out_dtype=jnp.float32, interpret=True
+        )
 
 
 def test_the_fallback_computes_the_same():

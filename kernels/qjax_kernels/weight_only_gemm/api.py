@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from qjax_kernels.dispatch import dispatch
 from qjax_kernels.weight_only_gemm import mosaic, xla
+from qjax_kernels.weight_only_gemm.fp8 import Fp8 as Fp8
+from qjax_kernels.weight_only_gemm.fp8 import describe as describe
 from qjax_kernels.weight_only_gemm.layout import Prepared
 from qjax_kernels.weight_only_gemm.layout import prepare as prepare
 from qjax_kernels.weight_only_gemm.layout import unprepare as unprepare
@@ -15,6 +17,10 @@ IMPLEMENTATIONS = {"xla": xla.weight_only_gemm}
 PREPARED_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "mosaic": mosaic.prepared_gemm,
     "xla": xla.prepared_gemm,
+}
+W4A8_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "mosaic": mosaic.fp8_prepared_gemm,
+    "xla": xla.fp8_prepared_gemm,
 }
 
 
@@ -91,5 +97,50 @@ def prepared_gemm(
         x,
         weight,
         bias,
+        out_dtype=out_dtype,
+    )
+
+
+def w4a8_gemm(
+    x: jax.Array,
+    x_scale: jax.Array,
+    weight: Prepared,
+    bias: jax.Array | None = None,
+    described: Fp8 | None = None,
+    *,
+    out_dtype: jnp.dtype,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Product of fp8 activations with int4 weights.
+
+    y[..., n] = bias[n] + x_scale[...] * sum_k x[..., k] * values[n, k] * scale[n, k/bk]
+
+    Args:
+      x: [..., in], float8_e4m3fn.
+      x_scale: float32, [] for all of x or [..., 1], one for each row.
+      weight: [out, in], `prepare`d with operand='float8_e4m3fn'.
+      bias: [out], or None.
+      described: what `describe(x, x_scale, weight)` returns, if it is there already.
+      out_dtype: of the result.
+      implementation: a name of W4A8_IMPLEMENTATIONS; None: the first that takes the call.
+
+    Returns:
+      [..., out]. Products of a group are summed by the tensor cores, with the 14 bits or so that
+      Hopper's fp8 sums have; groups are summed in float32.
+    """
+    if x.shape[-1] != weight.in_features or weight.operand != "float8_e4m3fn":
+        raise ValueError(
+            f"x is {x.dtype}{x.shape}, the weight {weight.shape} for {weight.operand}: their last "
+            "axes must agree, and it must be prepared with operand='float8_e4m3fn'"
+        )
+    return dispatch(
+        "w4a8_gemm",
+        W4A8_IMPLEMENTATIONS,
+        implementation,
+        x,
+        x_scale,
+        weight,
+        bias,
+        described,
         out_dtype=out_dtype,
     )

@@ -22,6 +22,7 @@ class Config:
       stages: of `tiles` that are under way at a time.
       cluster: stream: blocks that share the columns of 64 rows; tiled: blocks that share tokens.
       width: tiled: rows of tiles that are visited together, for the L2 cache.
+      parts: tiled: of a step, each converted while the one before is multiplied; divides tiles.
     """
 
     kernel: Literal["stream", "tiled"]
@@ -31,6 +32,7 @@ class Config:
     stages: int
     cluster: int = 1
     width: int = 8
+    parts: int = 1
 
 
 def candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Config]:
@@ -47,6 +49,16 @@ def candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Confi
     return (tiled + stream[:1])[:6] if tokens <= 128 else tiled[:6]
 
 
+def fp8_candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Config]:
+    """`candidates` for activations in fp8 and weights prepared for them."""
+    stream = [c for c in _stream(tokens, weight, cores) if c.tiles % 2 == 0]
+    tiled = [
+        Config(kernel="tiled", tokens=tile, warpgroups=2, tiles=2, stages=stages, cluster=cluster)
+        for tile, stages, cluster in ((128, 6, 1), (128, 6, 2), (64, 8, 1))
+    ]
+    return (stream + tiled)[:6] if tokens <= 64 else tiled
+
+
 def _stream(tokens: int, weight: Prepared, cores: int) -> list[Config]:
     tile = next((t for t in (8, 16, 32, 64) if tokens <= t), 64)
     blocks = -(-weight.out_features // 64) * -(-tokens // tile)
@@ -56,9 +68,11 @@ def _stream(tokens: int, weight: Prepared, cores: int) -> list[Config]:
     best = next((c for c in clusters if blocks * c >= 0.9 * cores), clusters[-1])
     found = []
     for cluster in dict.fromkeys([best, *reversed(clusters)]):
-        shapes = ((4, 4, 2), (2, 4, 2), (4, 2, 2), (2, 2, 2))
+        shapes = [(4, 4, 2), (2, 4, 2), (4, 2, 2), (2, 2, 2)]
+        if cluster > 1:  # two blocks on a multiprocessor hide each other's beginning and end
+            shapes = shapes[1:]
         if BITS[weight.format] == 8:
-            shapes = ((4, 2, 2), (2, 4, 2), (2, 2, 3), (2, 2, 2))
+            shapes = [(4, 2, 2), (2, 4, 2), (2, 2, 3), (2, 2, 2)]
         for warpgroups, tiles, stages in shapes:
             config = Config(
                 kernel="stream", tokens=tile, warpgroups=warpgroups,

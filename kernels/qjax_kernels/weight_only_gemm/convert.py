@@ -98,6 +98,48 @@ def to_registers(
     return convert(words, list(zeros), list(scales))
 
 
+def to_fp8(words: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """Words of int4 weights -> (w + 8) / 512 in e4m3, exactly: three instructions for 8 weights.
+
+    The codes 0 to 15 of e4m3 are its numbers 0 to 15 times 2^-9, through the subnormals into the
+    first normal ones, so the biased nibble is the number.
+
+    Args:
+      words: int32 [4 tiles, 128] in the layout `strided`, prepared for fp8.
+      interpret: compute it with jax.numpy.
+
+    Returns:
+      float8_e4m3fn [64, 64 tiles], in the layout of wgmma's operand in registers.
+    """
+    rows = words.shape[0]
+    shape = (64, TILE * rows // words_per_tile("int4"))
+    if interpret:
+        codes = unpack(words[None], "int4", "float8_e4m3fn")
+        return (codes.astype(jnp.float32) / 512).astype(jnp.float8_e4m3fn)
+
+    @plgpu.inline_mgpu(
+        arg_types=(strided(rows),),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float8_e4m3fn, layout=L.WGMMA_8BIT),
+    )
+    def convert(ctx, words):  # type: ignore[no-untyped-def]
+        four = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+        layout = L.WGMMA_8BIT.to_mgpu()
+        out = np.empty(layout.registers_shape(shape), dtype=object)
+        registers = out.reshape(-1, 2)  # columns by 16, halves of 16 rows
+        flat = [
+            vector.extract(register, dynamic_position=[], static_position=[i])
+            for register in words.registers.flat
+            for i in range(4)
+        ]
+        for index, word in enumerate(flat):
+            for half in range(2):
+                code = _asm("and.b32 $0, $1, $2;", _shifted(word, 4 * half), 0x0F0F0F0F)
+                registers[index, half] = utils.bitcast(code, four)
+        return fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+
+    return convert(words)
+
+
 def _step(words: list[ir.Value], format: str, name: str) -> list[ir.Value]:
     """The words of one thread for 16 columns -> four pairs, integers with their power still on."""
     if BITS[format] == 4:
@@ -186,7 +228,7 @@ def _constant(value: int) -> ir.Value:
 
 
 def _interpreted(words, format, dtype, zeros, scales):  # type: ignore[no-untyped-def]
-    codes = unpack(words[None], BITS[format])
+    codes = unpack(words[None], format, "float16")
     if format == "int4":
         values = codes.astype(jnp.float32) - 8
     else:

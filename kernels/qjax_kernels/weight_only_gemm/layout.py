@@ -22,7 +22,7 @@ BITS = {"int4": 4, "int8": 8, "float8_e4m3fn": 8, "float8_e5m2": 8}
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scale", "zero_point"],
-    meta_fields=["format", "out_features", "in_features"],
+    meta_fields=["format", "operand", "out_features", "in_features"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -34,6 +34,8 @@ class Prepared:
       scale: [out/64, groups, 64]; groups is 1 (per channel) or in/group_size.
       zero_point: like scale, in bfloat16 (exact: integers up to 256); or None.
       format: dtype of the weights: 'int4', 'int8', 'float8_e4m3fn' or 'float8_e5m2'.
+      operand: what the tensor cores multiply: 'float16' (or bfloat16: of 16 bits), or
+        'float8_e4m3fn', whose registers hold columns in another order.
       out_features, in_features: of the weight, before rounding up.
     """
 
@@ -41,6 +43,7 @@ class Prepared:
     scale: jax.Array
     zero_point: jax.Array | None
     format: str
+    operand: str
     out_features: int
     in_features: int
 
@@ -63,14 +66,22 @@ def words_per_tile(format: str) -> int:
     return TILE * BITS[format] // 64
 
 
-@jax.jit
-def prepare(values: jax.Array, scale: jax.Array, zero_point: jax.Array | None = None) -> Prepared:
+@partial(jax.jit, static_argnames="operand")
+def prepare(
+    values: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    *,
+    operand: str = "float16",
+) -> Prepared:
     """Canonical arrays -> Prepared.
 
     Args:
       values: [out, in], int4, int8 or fp8.
       scale: [out/bn, in/bk], for blocks of bn x bk weights.
       zero_point: like scale, integer, in the range of values; or None.
+      operand: 'float16' for activations of 16 bits, 'float8_e4m3fn' for fp8 ones (int4 weights
+        without zero points, groups of 128 or more).
 
     Raises:
       NotImplementedError: a format or a group size that the kernels do not take.
@@ -86,16 +97,19 @@ def prepare(values: jax.Array, scale: jax.Array, zero_point: jax.Array | None = 
             f"groups of {group_size}; the kernels take {', '.join(map(str, GROUP_SIZES))} or one "
             "scale a row"
         )
+    if operand != "float16":
+        _check_fp8(format, operand, groups, group_size, zero_point)
     if zero_point is not None and not format.startswith("int"):
         raise NotImplementedError(f"a zero point with {format} weights")
     padded = jnp.pad(_codes(values), ((0, -out % ROWS), (0, -features % TILE)))
     return Prepared(
-        words=_pack(padded, BITS[format]),
+        words=_pack(padded, _ORDERS[operand, BITS[format]]),
         scale=_rows_together(scale, out),
         zero_point=None
         if zero_point is None
         else _rows_together(zero_point.astype(jnp.bfloat16), out),
         format=format,
+        operand=operand,
         out_features=out,
         in_features=features,
     )
@@ -104,7 +118,7 @@ def prepare(values: jax.Array, scale: jax.Array, zero_point: jax.Array | None = 
 def unprepare(weight: Prepared) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The inverse of `prepare`: values [out, in], scale [out, groups] and zero_point."""
     out, features = weight.shape
-    codes = unpack(weight.words, BITS[weight.format])[:out, :features]
+    codes = unpack(weight.words, weight.format, weight.operand)[:out, :features]
     if weight.format == "int4":
         values = (codes.astype(jnp.int8) - 8).astype(jnp.int4)
     else:
@@ -134,42 +148,78 @@ def _rows_together(x: jax.Array, out: int) -> jax.Array:
     return rows.reshape(-1, ROWS, x.shape[1]).swapaxes(1, 2)
 
 
-# Axes of a tile's weights: a, t: its place; rows: warp, h, g; columns: s (16 wide), p, c, e.
-_CANONICAL = "awhgtspce"
-_AXES = {"a": -1, "w": 4, "h": 2, "g": 8, "t": -1, "s": 4, "p": 2, "c": 4, "e": 2}
-# From the slowest: 16 bytes of one thread are its four steps (4 bits), or two of them (8 bits: r
-# and q are the halves of s). Inside a word, from the lowest bit.
-_THREADS = {4: "atwgcs", 8: "atrwgcqp"}
-_IN_WORD = {4: "eph", 8: "eh"}
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """Where the weights of a tile go.
+
+    Axes: a, t: the tile; w, h, g: the row 16w + 8h + g; s, p, c, e: the column, from the slowest
+    (r and q are the halves of s).
+
+    Attributes:
+      bits: of a weight.
+      columns: axes of the columns, as they are in the weight.
+      threads: axes of the words; 16 bytes of one thread are the last ones, of size 4.
+      word: axes inside a word, down to the lowest bits.
+      sizes: of axes that differ from _SIZES.
+    """
+
+    bits: int
+    columns: str
+    threads: str
+    word: str
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def shape(self, names: str, blocks: int, tiles: int) -> list[int]:
+        sizes = _SIZES | dict(self.sizes) | {"a": blocks, "t": tiles}
+        return [sizes[name] for name in names]
 
 
-def _pack(codes: jax.Array, bits: int) -> jax.Array:
+_SIZES = {"w": 4, "h": 2, "g": 8, "s": 4, "r": 2, "q": 2, "p": 2, "c": 4, "e": 2}
+# Pairs of neighbours go to the two halves of a word, for conversion to 16 bits; four neighbours go
+# to its bytes, for conversion to fp8.
+_ORDERS = {
+    ("float16", 4): _Order(4, "tspce", "atwgcs", "eph"),
+    ("float16", 8): _Order(8, "trqpce", "atrwgcqp", "eh"),
+    ("float8_e4m3fn", 4): _Order(4, "tspce", "atwgcsp", "eh", (("s", 2), ("e", 4))),
+}
+
+
+def _pack(codes: jax.Array, order: _Order) -> jax.Array:
     """uint32 [out, in] -> int32 [out/64, in * bits / 64, 128]."""
-    out, features = codes.shape
-    sizes = _AXES | {"a": out // ROWS, "t": features // TILE, "r": 2, "q": 2}
-    names = _CANONICAL if bits == 4 else _CANONICAL.replace("s", "rq")
-    order = _THREADS[bits] + _IN_WORD[bits]
-    codes = codes.reshape([sizes[name] for name in names])
-    codes = codes.transpose([names.index(name) for name in order])
-    # Element e of a pair goes to the upper half of the word; p, h count nibbles or bytes.
-    shape = [sizes[name] for name in _IN_WORD[bits]]
-    shift = jnp.arange(32 // bits, dtype=jnp.uint32).reshape(shape) * bits
-    inner = tuple(range(-len(shape), 0))
-    words = jnp.sum(codes << shift, axis=inner, dtype=jnp.uint32)
+    blocks, tiles = codes.shape[0] // ROWS, codes.shape[1] // TILE
+    canonical, packed = "awhg" + order.columns, order.threads + order.word
+    codes = codes.reshape(order.shape(canonical, blocks, tiles))
+    codes = codes.transpose([canonical.index(name) for name in packed])
+    words = jnp.sum(
+        codes << _shifts(order), axis=tuple(range(-len(order.word), 0)), dtype=jnp.uint32
+    )
     words = jax.lax.bitcast_convert_type(words, jnp.int32)
-    return words.reshape(out // ROWS, features * bits // 64, LANES)
+    return words.reshape(blocks, tiles * order.bits, LANES)
 
 
-def unpack(words: jax.Array, bits: int) -> jax.Array:
+def unpack(words: jax.Array, format: str, operand: str) -> jax.Array:
     """int32 [out/64, in * bits / 64, 128] -> uint32 codes [out, in]; the inverse of packing."""
-    blocks, rows = words.shape[:2]
-    sizes = _AXES | {"a": blocks, "t": rows * 64 // bits // TILE, "r": 2, "q": 2}
-    names = _CANONICAL if bits == 4 else _CANONICAL.replace("s", "rq")
-    order = _THREADS[bits] + _IN_WORD[bits]
-    shape = [sizes[name] for name in _IN_WORD[bits]]
-    shift = jnp.arange(32 // bits, dtype=jnp.uint32).reshape(shape) * bits
+    order = _ORDERS[operand, BITS[format]]
+    blocks, tiles = words.shape[0], words.shape[1] // order.bits
+    canonical, packed = "awhg" + order.columns, order.threads + order.word
     words = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    words = words.reshape([sizes[name] for name in _THREADS[bits]] + [1] * len(shape))
-    codes = (words >> shift) & jnp.uint32(2**bits - 1)
-    codes = codes.transpose([order.index(name) for name in names])
-    return codes.reshape(blocks * ROWS, rows * 64 // bits)
+    words = words.reshape(order.shape(order.threads, blocks, tiles) + [1] * len(order.word))
+    codes = (words >> _shifts(order)) & jnp.uint32(2**order.bits - 1)
+    codes = codes.transpose([packed.index(name) for name in canonical])
+    return codes.reshape(blocks * ROWS, tiles * TILE)
+
+
+def _shifts(order: _Order) -> jax.Array:
+    count = jnp.arange(32 // order.bits, dtype=jnp.uint32)
+    return count.reshape(order.shape(order.word, 1, 1)) * order.bits
+
+
+def _check_fp8(
+    format: str, operand: str, groups: int, group_size: int, zero_point: jax.Array | None
+) -> None:
+    if (format, operand) != ("int4", "float8_e4m3fn"):
+        raise NotImplementedError(f"{format} weights for activations in {operand}")
+    if groups > 1 and group_size % 128:
+        raise NotImplementedError(f"groups of {group_size} with fp8 activations; 128 or 256")
+    if zero_point is not None:
+        raise NotImplementedError("a zero point with fp8 activations")

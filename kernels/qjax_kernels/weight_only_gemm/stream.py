@@ -14,9 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax_kernels.hopper import load_row, swizzled
+from qjax_kernels.hopper import load_column, load_row, swizzled
 from qjax_kernels.weight_only_gemm.config import Config, stream_steps
-from qjax_kernels.weight_only_gemm.convert import MMA, strided, to_registers
+from qjax_kernels.weight_only_gemm.convert import MMA, strided, to_fp8, to_registers
+from qjax_kernels.weight_only_gemm.fp8 import Fp8
 from qjax_kernels.weight_only_gemm.layout import LANES, Prepared, words_per_tile
 
 
@@ -24,6 +25,7 @@ def stream(
     x: jax.Array,
     weight: Prepared,
     bias: jax.Array | None,
+    fp8: Fp8 | None = None,
     *,
     out_dtype: jnp.dtype,
     config: Config,
@@ -37,19 +39,22 @@ def stream(
     tile, wgs, tiles, stages = config.tokens, config.warpgroups, config.tiles, config.stages
     steps = stream_steps(config, weight)
     width = tiles * 64  # columns of a stage
-    rows = words_per_tile(weight.format) * tiles  # of `words`
+    per_tile = words_per_tile(weight.format)  # rows of `words`
+    rows = per_tile * tiles
     group = weight.group_size
     grouped, zeros = weight.groups > 1, weight.zero_point is not None
     # The columns whose products are summed before the scale: a stage, or a group within it.
     in_sum = grouped and group % 64 == 0
-    part = min(group, width) if in_sum else width
+    # What is converted at a time.
+    part = min(group, width) if in_sum else min(128, width)
     groups = -(-steps * width // group)  # of a warpgroup
-    slots = wgs * stages
+    slots, copies = wgs * stages, grouped + zeros + (fp8 is not None)
 
     def body(*refs, **scratch):  # type: ignore[no-untyped-def]
         words_g, x_g, scale_g, *optional, out_g = refs
-        zero_g = optional[0] if zeros else None
-        bias_g = optional[-1] if bias is not None else None
+        zero_g = optional.pop(0) if zeros else None
+        token_scale_g, token_sums_g = (optional.pop(0), optional.pop(0)) if fp8 else (None, None)
+        bias_g = optional.pop(0) if bias is not None else None
         words_s, x_s, sums_s, out_s = (scratch[k] for k in ("words", "x", "sums", "out"))
         full, ready, summed = (scratch[k] for k in ("full", "ready", "summed"))
         n, m, wg = (lax.axis_index(name) for name in ("rows", "tokens", "wg"))
@@ -58,7 +63,7 @@ def stream(
 
         def fetch(step, slot):  # type: ignore[no-untyped-def]
             at = first + step * width
-            source = words_g.at[n, pl.ds(at // 64 * (rows // tiles), rows), :]
+            source = words_g.at[n, pl.ds(at // 64 * per_tile, rows), :]
             plgpu.copy_gmem_to_smem(source, words_s.at[wg, slot], full.at[wg * stages + slot])
             source = x_g.at[pl.ds(m * tile, tile), pl.ds(at, width)]
             plgpu.copy_gmem_to_smem(source, x_s.at[wg, slot], full.at[wg * stages + slot])
@@ -67,41 +72,65 @@ def stream(
         for ref, name in per_group:
             source = ref.at[n, pl.ds(first // group, groups), :]
             plgpu.copy_gmem_to_smem(source, scratch[name].at[wg], ready.at[wg])
+        if fp8:
+            source = token_sums_g.at[pl.ds(first // group, groups), pl.ds(m * tile, tile)]
+            target = scratch["token_sums"].at[wg, pl.ds(0, groups)]
+            plgpu.copy_gmem_to_smem(source, target, ready.at[wg])
         for step in range(min(stages, steps)):
             fetch(step, step)
-        if per_group:
+        if copies:
             plgpu.barrier_wait(ready.at[wg])
 
         def of_groups(name, step, start, columns):  # type: ignore[no-untyped-def]
             """Numbers of the groups of some columns of a stage."""
-            count = max(1, columns // group)
-            at = step * (width // group) if group <= width else step * width // group
-            return [
-                load_row(scratch[name].at[wg, at + start // group + i]).astype(x.dtype)
-                for i in range(count)
-            ]
+            at = (step * width + start) // group
+            rows_of = scratch[name].at[wg]
+            loaded = [load_row(rows_of.at[at + i]) for i in range(max(1, columns // group))]
+            return [row.astype(x.dtype) for row in loaded]
+
+        def without_bias(y, ref):  # type: ignore[no-untyped-def]
+            """What the 8 in the weights' codes added for each token."""
+            return y - lax.broadcast_in_dim(load_column(ref), y.shape, [1])
+
+        def multiply(acc, i, slot, start, columns):  # type: ignore[no-untyped-def]
+            """Issue the product of some columns of a stage; it goes on while others convert."""
+            of_columns = pl.ds(start // 64 * per_tile, columns // 64 * per_tile)
+            layout = strided(columns // 64 * per_tile)
+            words = plgpu.load(words_s.at[wg, slot, of_columns], layout=layout, optimized=False)
+            if fp8:
+                a = to_fp8(words, interpret=interpret)
+            else:
+                a = to_registers(
+                    words,
+                    weight.format,
+                    x.dtype,
+                    of_groups("zero", i, start, columns) if zeros else (),
+                    of_groups("scale", i, start, columns) if grouped and not in_sum else (),
+                    interpret=interpret,
+                )
+            plgpu.wgmma(acc, a, x_s.at[wg, slot, :, pl.ds(start, columns)].T)
 
         def step(i, total):  # type: ignore[no-untyped-def]
             slot = lax.rem(i, stages)
             plgpu.barrier_wait(full.at[wg * stages + slot])
-            words = plgpu.load(words_s.at[wg, slot], layout=strided(rows), optimized=False)
-            a = to_registers(
-                words, weight.format, x.dtype,
-                of_groups("zero", i, 0, width) if zeros else (),
-                of_groups("scale", i, 0, width) if grouped and not in_sum else (),
-                interpret=interpret,
-            )  # fmt: skip
-            for start in range(0, width, part):
-                columns = a if part == width else a[:, start : start + part]
+            starts = range(0, width, part)
 
-                def multiply(acc, columns=columns, start=start):  # type: ignore[no-untyped-def]
-                    tokens_s = x_s.at[wg, slot, :, pl.ds(start, part)]
-                    plgpu.wgmma(acc, columns, tokens_s.T)
-                    return acc[...]
+            def sums(*accumulators):  # type: ignore[no-untyped-def]
+                for number, start in enumerate(starts):
+                    multiply(accumulators[number % len(accumulators)], i, slot, start, part)
+                last = len(accumulators) - 1
+                return [
+                    plgpu.wgmma_accumulator_load(acc, wait_n=last - number)
+                    for number, acc in enumerate(accumulators)
+                ]
 
-                added = pl.run_scoped(multiply, plgpu.ACC((64, tile), jnp.float32))
+            # Groups are summed apart; without groups in the sum one accumulator takes all.
+            kinds = [plgpu.ACC((64, tile), jnp.float32)] * (len(starts) if in_sum else 1)
+            for start, added in zip(starts, pl.run_scoped(sums, *kinds), strict=False):
+                at = (i * width + start) // group
+                if fp8 and grouped:
+                    added = without_bias(added, scratch["token_sums"].at[wg, at])
                 if in_sum:
-                    at = (i * width + start) // group
                     scale = load_row(scratch["scale"].at[wg, at]).astype(jnp.float32)
                     added = added * lax.broadcast_in_dim(scale, added.shape, [0])
                 total = total + added
@@ -140,6 +169,11 @@ def stream(
             plgpu.barrier_wait(read)
 
         def finish(y):  # type: ignore[no-untyped-def]
+            if fp8:
+                if not grouped:
+                    y = without_bias(y, scratch["token_sums"].at[0, 0])
+                scale = load_column(token_scale_g.at[pl.ds(m * tile, tile)]) * 512.0
+                y = y * lax.broadcast_in_dim(scale, y.shape, [1])
             if not grouped:
                 scale = load_row(scale_g.at[n, 0]).astype(jnp.float32)
                 y = y * lax.broadcast_in_dim(scale, y.shape, [0])
@@ -166,25 +200,31 @@ def stream(
 
     scratch = {
         "words": plgpu.SMEM((wgs, stages, rows, LANES), jnp.int32),
-        "x": plgpu.SMEM((wgs, stages, tile, width), x.dtype, transforms=swizzled(width, 16)),
+        "x": plgpu.SMEM(
+            (wgs, stages, tile, width), x.dtype, transforms=swizzled(width, x.dtype.itemsize * 8)
+        ),
         "sums": plgpu.SMEM((max(1, wgs - 1), 64, tile), jnp.float32),
         "out": plgpu.SMEM(
             (tile, 64), out_dtype, transforms=swizzled(64, jnp.dtype(out_dtype).itemsize * 8)
         ),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-        "ready": plgpu.Barrier(num_arrivals=max(1, grouped + zeros), num_barriers=wgs),
+        "ready": plgpu.Barrier(num_arrivals=max(1, copies), num_barriers=wgs),
         "summed": plgpu.Barrier(num_arrivals=max(1, wgs - 1)),
     }
     if grouped:
         scratch["scale"] = plgpu.SMEM((wgs, groups, 64), weight.scale.dtype)
     if zeros:
         scratch["zero"] = plgpu.SMEM((wgs, groups, 64), jnp.bfloat16)
+    if fp8:
+        # Each warpgroup's begin at a multiple of 128 bytes, as the copy engine needs.
+        scratch["token_sums"] = plgpu.SMEM((wgs, -(-groups // 4) * 4, tile), jnp.float32)
     if config.cluster > 1:
         scratch["partial"] = plgpu.SMEM((64, tile), jnp.float32)
         scratch["written"] = plgpu.ClusterBarrier(collective_axes=("cluster",))
         scratch["read"] = plgpu.ClusterBarrier(collective_axes=("cluster",))
     operands = [weight.words, x, weight.scale]
-    operands += [array for array in (weight.zero_point, bias) if array is not None]
+    optional = (weight.zero_point, *((fp8.scale, fp8.sums) if fp8 else ()), bias)
+    operands += [array for array in optional if array is not None]
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((tokens, 64 * weight.words.shape[0]), out_dtype),

@@ -40,6 +40,7 @@ def tiled(
     width, group = config.tiles * 64, weight.group_size
     rows = words_per_tile(weight.format) * config.tiles
     grouped, zeros = weight.groups > 1, weight.zero_point is not None
+    parts = config.parts
     piece = min(OUT_TOKENS, tile)
     token_tiles = -(-tokens // tile)
     row_tiles = -(-weight.words.shape[0] // (wgs * cluster))
@@ -130,19 +131,33 @@ def tiled(
                         loaded = [load_row(ref.at[wg, i]) for i in range(per_step)]
                         return [row.astype(x.dtype) for row in loaded]
 
-                    one_zero = zeros and not grouped
-                    a = to_registers(
-                        plgpu.load(words_s.at[wg], layout=strided(rows), optimized=False),
-                        weight.format,
-                        x.dtype,
-                        [load_row(optional[0].at[there, 0]).astype(x.dtype)] if one_zero
-                        else numbers(per_group[1]) if zeros else (),
-                        numbers(per_group[0]) if grouped else (),
-                        interpret=interpret,
-                    )  # fmt: skip
-                    plgpu.wgmma(acc, a, x_s.T)
+                    zero = numbers(per_group[1]) if zeros and grouped else ()
+                    if zeros and not grouped:
+                        zero = [load_row(optional[0].at[there, 0]).astype(x.dtype)]
+                    scale = numbers(per_group[0]) if grouped else ()
+                    per_part = rows // parts
+                    for part in range(parts):
+                        # While one part is multiplied, the next is converted.
+                        words = words_s.at[wg, pl.ds(part * per_part, per_part)]
+                        a = to_registers(
+                            plgpu.load(words, layout=strided(per_part), optimized=False),
+                            weight.format,
+                            x.dtype,
+                            of_part(zero, part),
+                            of_part(scale, part),
+                            interpret=interpret,
+                        )
+                        columns = pl.ds(part * width // parts, width // parts)
+                        plgpu.wgmma(acc, a, x_s.at[:, columns].T)
+                    # Not later: registers of a product that runs on into the next step are
+                    # overwritten there (seen on an H200).
                     plgpu.wgmma_wait(0)
                     return acc
+
+                def of_part(arrays, part):  # type: ignore[no-untyped-def]
+                    """Those of some arrays, each for an equal share of the columns."""
+                    share = max(1, len(arrays) // parts)
+                    return arrays[part * len(arrays) // parts :][:share]
 
                 pipeline(step, context, zeros and grouped)(
                     *at_tile(streamed, row_tile, token_tile), allocations=allocations

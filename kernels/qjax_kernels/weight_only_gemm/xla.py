@@ -1,6 +1,7 @@
 """The reference: dequantize to the type of x, then one product. Takes every valid call."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,4 +39,21 @@ def prepared_gemm(
     """See `api.prepared_gemm`."""
     values, scale, zero_point = unprepare(weight)
     y = weight_only_gemm(x, values, scale, zero_point, out_dtype=jnp.dtype(jnp.float32))
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
+
+
+@partial(jax.jit, static_argnames="out_dtype")
+def fp8_prepared_gemm(
+    x: jax.Array,
+    x_scale: jax.Array,
+    weight: Prepared,
+    bias: jax.Array | None,
+    described: Any,
+    *,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """See `api.w4a8_gemm`: float32 products, which are exact."""
+    del described
+    y = prepared_gemm(x.astype(jnp.float32), weight, None, out_dtype=jnp.dtype(jnp.float32))
+    y = y * x_scale
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
