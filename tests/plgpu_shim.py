@@ -1,8 +1,8 @@
 """Lets the CPU interpreter of Mosaic GPU kernels run what jax 0.11.2's lacks: `wgmma` with its left
 operand in registers, `mma`, `griddepcontrol_*`, and reading through `cluster_ref`.
 
-Import it, then run kernels with `interpret=plgpu.InterpretGPUParams()`. It builds on private modules
-of JAX, so it holds for the version that constraints.txt names.
+Import it, then run kernels with `interpret=plgpu.InterpretGPUParams()`. It builds on private
+modules of JAX, so it holds for the version that constraints.txt names.
 """
 
 import dataclasses
@@ -16,6 +16,11 @@ from jax._src.pallas.mosaic_gpu import core, primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 
 reset = gpu_callbacks.reset_gpu_interpret_mode_state  # call it after a kernel that raised
+
+
+def races_found() -> bool:
+    """Whether the last kernel, run with `detect_races=True`, had a race."""
+    return gpu_callbacks.get_races().races_found
 
 
 def _multiply(accumulator: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -45,7 +50,10 @@ def _callback(interpreter, function, result, token, **arguments):
 
 def _buffer(key, transforms, mesh_location, thread, source_info):
     """(memory, key, range, content, logging information) of a buffer seen through transforms."""
-    memory, key = gpu_callbacks._get_shared_memory(), gpu_callbacks.HostAllocationKey.from_array(key)
+    memory, key = (
+        gpu_callbacks._get_shared_memory(),
+        gpu_callbacks.HostAllocationKey.from_array(key),
+    )
     transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
     info = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
     where = memory.access(key, transforms)
@@ -60,9 +68,7 @@ def _wgmma(self, eqn, token, get_invals):
     names = ("acc_transforms_tree", "a_transforms_tree", "b_transforms_tree")
     trees = tuple(eqn.params[name] or jax.tree.structure([]) for name in names)
     acc_views, _, b_views = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
-    accumulator, acc_views = jaxpr_interpret.resolve_ref(
-        eqn.invars[0].aval, accumulator, acc_views
-    )
+    accumulator, acc_views = jaxpr_interpret.resolve_ref(eqn.invars[0].aval, accumulator, acc_views)
     b, b_views = jaxpr_interpret.resolve_ref(eqn.invars[2].aval, b, b_views)
 
     def run(*, token, mesh_location, thread, accumulator, acc_views, a, b, b_views):
@@ -95,9 +101,7 @@ def _get(self, eqn, token, get_invals):
         ref,
         tuple(view for view in views if not isinstance(view, core.ClusterRefTransform)),
     )
-    coordinates = dict(
-        zip(self.mesh.cluster_names, self.mesh_location.block_coords, strict=True)
-    )
+    coordinates = dict(zip(self.mesh.cluster_names, self.mesh_location.block_coords, strict=True))
     for view in remote:
         coordinates |= dict(zip(view.dims, view.idxs, strict=True))
     block = 0

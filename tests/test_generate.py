@@ -116,7 +116,6 @@ def test_the_decode_loop_is_one_while_and_donates_its_cache():
     # attention has loops of its own.)
     for_gpu = traced.lower(lowering_platforms=("cuda",))
     assert for_gpu.as_text().count("stablehlo.while") == 1
-    lowered = traced.lower()
     shapes = [f"{x.shape}" for x in jax.tree.leaves(carry.cache)]
     assert len(shapes) == 4
     cache_pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(carry.cache)}

@@ -1,7 +1,7 @@
 """Microseconds a call, from the GPU's own clock: CUPTI's start and end of every kernel of the call.
 
 Gaps between kernels and the launches on the host are not in it, so it is what a kernel costs inside
-a decode loop that is one program.
+a decode loop that is one program. Copies and memsets are no kernels and are not in it either.
 """
 
 import time
@@ -12,24 +12,24 @@ from typing import Any
 import jax
 from jax.experimental.mosaic.gpu import profiler
 
+from benchmarks.kernels.sweep import WARM_UP_SECONDS
+
 # A sequence of kernels must run one after the other, as launched: inside a CUDA graph kernels that
 # do not depend on each other may overlap, and their times would add up to more than the wall's.
 _OPTIONS = {"xla_gpu_graph_min_graph_size": 1_000_000}
-# A GPU that idles runs at a fifth of its clock and needs some milliseconds of work to leave that.
-_WARM_UP_SECONDS = 0.05
 
 
-def chain(function: Callable[..., Any], argument_sets: Sequence[tuple]) -> Callable[..., list]:
-    """One function of all sets that calls `function` once for each, in order.
+def chain(function: Callable[..., Any]) -> Callable[..., list]:
+    """A function of any number of argument sets that calls `function` once for each, in order.
 
     Every result is returned and every call waits for the one before it, so that XLA can neither
     drop a call nor merge two that share an operand (it concatenates small products).
     """
     shared = jax.jit(function)  # identical calls are lowered, and their kernels compiled, once
 
-    def run(*sets: tuple) -> list:
+    def run(*argument_sets: tuple) -> list:
         results: list = []
-        for arguments in sets:
+        for arguments in argument_sets:
             if results:
                 arguments, results[-1] = jax.lax.optimization_barrier((arguments, results[-1]))
             results.append(shared(*arguments))
@@ -38,29 +38,39 @@ def chain(function: Callable[..., Any], argument_sets: Sequence[tuple]) -> Calla
     return run
 
 
-def kernel_times(
+def run_kernels(
     function: Callable[..., Any], argument_sets: Sequence[tuple], iterations: int = 5
-) -> list[list[tuple[str, float]]]:
+) -> tuple[list, list[list[tuple[str, float]]]]:
     """Run `function(*arguments)` for each of `argument_sets`, `iterations` times over.
 
     Returns:
-      For each iteration the name and the microseconds of every kernel, in the order of launching:
-      those of the first set's call, then the second's.
+      The results, one for each set; and for each iteration the name and the microseconds of every
+      kernel in the order of launching: those of the first set's call, then the second's.
 
     Raises:
       RuntimeError: no kernel ran, or the iterations ran different ones.
     """
-    compiled = jax.jit(chain(function, argument_sets)).lower(*argument_sets).compile(_OPTIONS)
+    compiled = jax.jit(chain(function)).lower(*argument_sets).compile(_OPTIONS)
     jax.block_until_ready(compiled(*argument_sets))
-    end = time.perf_counter() + _WARM_UP_SECONDS
+    end = time.perf_counter() + WARM_UP_SECONDS
     while time.perf_counter() < end:
         jax.block_until_ready(compiled(*argument_sets))
-    _, times = profiler.measure(compiled, aggregate=False, iterations=iterations)(*argument_sets)
+    measured: Any = profiler.measure(compiled, aggregate=False, iterations=iterations)
+    results, times = measured(*argument_sets)
     if times is None:
         raise RuntimeError("no GPU kernel ran")
     if iterations == 1:
         times = [times]
-    return [[(name, 1e3 * milliseconds) for name, milliseconds in kernels] for kernels in times]
+    return results, [[(name, 1e3 * ms) for name, ms in kernels] for kernels in times]
+
+
+def run_and_time(
+    function: Callable[..., Any], argument_sets: Sequence[tuple], iterations: int = 5
+) -> tuple[list, float]:
+    """The results of the run that was timed, one for each set, and `time_kernels` of it."""
+    results, times = run_kernels(function, argument_sets, iterations)
+    totals = [sum(microseconds for _, microseconds in kernels) for kernels in times]
+    return results, median(totals) / len(argument_sets)
 
 
 def time_kernels(
@@ -77,6 +87,4 @@ def time_kernels(
     Returns:
       The time of all sets' calls divided by the number of sets; the median over iterations.
     """
-    times = kernel_times(function, argument_sets, iterations)
-    totals = [sum(microseconds for _, microseconds in kernels) for kernels in times]
-    return median(totals) / len(argument_sets)
+    return run_and_time(function, argument_sets, iterations)[1]

@@ -36,7 +36,7 @@ class Config:
 
 
 def candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Config]:
-    """Configurations worth a try for x [tokens, in], best guess first; at most 6.
+    """Configurations worth a try for x [tokens, in], best guess first, at most 6.
 
     Args:
       tokens: rows of x.
@@ -65,7 +65,7 @@ def _stream(tokens: int, weight: Prepared, cores: int) -> list[Config]:
     columns = -(-weight.in_features // 64)
     # Two blocks fit on a multiprocessor; fewer than one each leaves memory idle.
     clusters = [c for c in (1, 2, 4, 8) if c == 1 or blocks * c <= 2 * cores]
-    best = next((c for c in clusters if blocks * c >= 0.9 * cores), clusters[-1])
+    best = next((c for c in clusters if blocks * c >= 0.7 * cores), clusters[-1])
     found = []
     for cluster in dict.fromkeys([best, *reversed(clusters)]):
         shapes = [(4, 4, 2), (2, 4, 2), (4, 2, 2), (2, 2, 2)]
@@ -96,11 +96,14 @@ def stream_fits(config: Config, weight: Prepared) -> bool:
 
 
 def _tiled(tokens: int, weight: Prepared) -> list[Config]:
-    few = tokens <= 512
-    wide = Config(kernel="tiled", tokens=256, warpgroups=2, tiles=2, stages=2, cluster=2)
-    square = Config(kernel="tiled", tokens=128, warpgroups=2, tiles=2, stages=4)
-    narrow = Config(kernel="tiled", tokens=64, warpgroups=2, tiles=2, stages=6)
-    order = [square, narrow, wide] if few else [wide, square]
+    def tiled(tokens: int, stages: int, cluster: int = 1, parts: int = 2) -> Config:
+        return Config(
+            kernel="tiled", tokens=tokens, warpgroups=2, tiles=2,
+            stages=stages, cluster=cluster, parts=parts,
+        )  # fmt: skip
+
+    wide, square = [tiled(256, 2, 2), tiled(256, 2)], [tiled(128, 4), tiled(128, 4, 2)]
+    order = [*square, tiled(64, 6), *wide] if tokens <= 512 else [*wide, *square]
     return [c for c in order if tiled_shared_memory(c, weight) <= SHARED_MEMORY]
 
 

@@ -102,7 +102,8 @@ def _run(
         x = jnp.pad(x, ((0, more_tokens), (0, more_features)))
     if bias is not None and out % 64:
         bias = jnp.pad(bias, (0, -out % 64))
-    static: dict[str, Any] = dict(out_dtype=jnp.dtype(out_dtype), config=config, interpret=interpret)
+    static: dict[str, Any] = {"out_dtype": jnp.dtype(out_dtype), "config": config}
+    static["interpret"] = interpret
     if config.kernel == "stream":
         y = stream(x, weight, bias, fp8, **static)
     elif fp8 is None:

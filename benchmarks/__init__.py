@@ -1,0 +1,1 @@
+"""qjax against its peers. Run from the root of the repository; see README.md here."""

@@ -1,0 +1,1 @@
+"""Residual sum, norm and quantization of its result."""

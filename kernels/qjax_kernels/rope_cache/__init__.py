@@ -1,0 +1,1 @@
+"""Rotary position embedding of queries and keys, and keys and values into the paged cache."""

@@ -1,0 +1,183 @@
+"""The best tiles for a shape, by a small model of the chip. Measured times overrule it."""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax_kernels.scaled_gemm.config import BLOCK, Config
+from qjax_kernels.scaled_gemm.memory import refusal
+from qjax_kernels.scaled_gemm.tiling import Tiling, resident_clusters
+
+_MOST = 6
+_WORST = 1.5  # times the best guess: no candidate
+_COLUMNS = (8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
+_WIDE = (128, 160, 192, 224, 256)
+_CLOCK = 1.7e9  # a multiprocessor's, under load
+_BANDWIDTH = 4.1e12  # device memory, bytes/s
+_L2 = 9.0e12  # bytes/s that all multiprocessors together read of the cache; measured at M = 256
+_INGEST = 60  # bytes a clock that one multiprocessor takes in
+_STEP = 100  # clocks that a stage costs at least
+_START = 2.0e-6  # launch, first loads, last stores
+_MEETING = 1.0e-6  # exchange of sums in a cluster
+_TILE = 1.0e-6  # end of a tile of 256 columns, which the next one's products wait for
+_TRANSPOSED = 1.3  # the same where the result is transposed on the way
+_COUPLING = 0.01  # of the time, lost for each doubling of the cluster
+
+
+def candidates(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    dtype: Any = jnp.float8_e4m3fn,
+    out_dtype: Any = jnp.bfloat16,
+    blocked: bool = False,
+    bias: bool = False,
+    residual: bool = False,
+    cores: int = 132,
+) -> list[Config]:
+    """At most 6 configurations for x [m, k] and weights [n, k], best guess first.
+
+    Args:
+      dtype: of the operands.
+      out_dtype: of the result.
+      blocked: whether there are scales for blocks of 128.
+      bias, residual: whether there is one; each takes shared memory.
+      cores: multiprocessors.
+
+    Raises:
+      NotImplementedError: no configuration takes the call.
+    """
+    dtypes = jnp.dtype(dtype), jnp.dtype(out_dtype)
+    return list(_ranked(m, n, k, *dtypes, blocked, bias, residual, cores))
+
+
+@functools.cache
+def _ranked(
+    m: int,
+    n: int,
+    k: int,
+    dtype: Any,
+    out_dtype: Any,
+    blocked: bool,
+    bias: bool,
+    residual: bool,
+    cores: int,
+) -> list[Config]:
+    found: dict[tuple, tuple[float, Config]] = {}
+    for config in _structures(m, n, k, blocked):
+        tiling = _deepest(
+            Tiling(
+                m=m,
+                n=n,
+                k=k,
+                config=config,
+                dtype=dtype,
+                out_dtype=out_dtype,
+                blocked=blocked,
+                bias=jnp.dtype(jnp.float32) if bias else None,
+                residual=residual,
+                cores=cores,
+            )
+        )
+        if tiling is None:
+            continue
+        key = (config.swap, config.warpgroups, config.splits, config.multicast)
+        guess = seconds(tiling)
+        if key not in found or guess < found[key][0]:
+            found[key] = guess, tiling.config
+    if not found:
+        raise NotImplementedError(f"no tiles fit M = {m}, N = {n}, K = {k}")
+    ranked = sorted(found.values(), key=lambda pair: pair[0])
+    near = [config for guess, config in ranked if guess <= _WORST * ranked[0][0]]
+    return _with_variants(near, m)[:_MOST]
+
+
+def seconds(t: Tiling) -> float:
+    """A guess at a call's time: the slowest of four resources, and what does not overlap."""
+    c = t.config
+    waves = -(-t.tiles // resident_clusters(t.cores, c.cluster))
+    blocks = t.tiles * c.cluster
+    k = -(-t.steps // c.splits) * c.k_tile
+    # A warpgroup's product of 64 x columns x 32 takes columns / 2 clocks.
+    clocks = k / BLOCK * max(_STEP, c.warpgroups * 2 * max(c.columns, 16))
+    if t.chunk:  # what is added up outside the tensor cores, 128 lanes at a time
+        clocks += k / BLOCK / t.chunk * c.columns * c.rows / 128
+    products = waves * clocks / _CLOCK
+    ingest = waves * k * (c.rows + c.columns) / _INGEST / _CLOCK
+    cache = blocks * k * (c.rows + c.columns / c.multicast) / _L2
+    result = jnp.dtype(t.out_dtype).itemsize * t.m * t.n
+    memory = (t.n * t.k + t.m * t.k + result * (1 + t.residual)) / _BANDWIDTH
+    # Too few multiprocessors cannot have enough bytes under way.
+    memory *= max(1.0, 0.5 * t.cores / min(t.cores, blocks))
+    end = _TILE * c.columns / 256 * (_TRANSPOSED if c.swap else 1)
+    fixed = _START + waves * end + (_MEETING if c.splits > 1 else 0)
+    return max(products, ingest, cache, memory) * (1 + _COUPLING * math.log2(c.cluster)) + fixed
+
+
+def _structures(m: int, n: int, k: int, blocked: bool) -> Iterator[Config]:
+    """Everything worth a thought, with two stages."""
+    tile = next((size for size in (BLOCK, 64, 32) if k % size == 0), 32)
+    widths = {next(columns for columns in _COLUMNS if columns >= min(m, 256))}
+    if m > 128:
+        widths |= set(_WIDE)
+    clusters = [(s, c) for s, c in itertools.product((1, 2, 3, 4), (1, 2, 4)) if s * c <= 4]
+    for warpgroups, columns, (splits, multicast) in itertools.product((1, 2, 4), widths, clusters):
+        if warpgroups * columns > 512 or (blocked and columns > 128):
+            continue
+        yield Config(
+            swap=True,
+            warpgroups=warpgroups,
+            columns=columns,
+            stages=2,
+            k_tile=tile,
+            splits=splits,
+            multicast=multicast,
+            store=64 if columns < 256 else 32,
+        )
+    for columns, multicast in itertools.product(_WIDE if m > 64 else (), (1, 2, 4)):
+        if blocked and columns > 128:
+            continue
+        yield Config(
+            swap=False,
+            warpgroups=2,
+            columns=columns,
+            stages=2,
+            k_tile=tile,
+            multicast=multicast,
+            store=64 if columns < 256 else 32,
+        )
+
+
+def _deepest(t: Tiling) -> Tiling | None:
+    """With as many stages as shared memory has room for; None: not even two fit."""
+
+    def with_stages(stages: int) -> Tiling:
+        return dataclasses.replace(t, config=dataclasses.replace(t.config, stages=stages))
+
+    if refusal(with_stages(2)) is not None:
+        return None
+    # What follows the last that fits is refused, what comes before it is not.
+    more = bisect.bisect(range(3, 33), 0, key=lambda count: refusal(with_stages(count)) is not None)
+    return with_stages(2 + more)
+
+
+def _with_variants(ranked: list[Config], m: int) -> list[Config]:
+    """Beside the best: narrow stages joined to wider ones; other walks through many tiles."""
+    best, *others = ranked
+    if best.k_tile == BLOCK and best.stages >= 16:
+        double, quadruple = (
+            dataclasses.replace(best, k_tile=times * BLOCK, stages=best.stages // times)
+            for times in (2, 4)
+        )
+        return [double, best, quadruple, *others]
+    if m >= 1024:
+        walks = [dataclasses.replace(best, snake=width) for width in (4, 16)]
+        return [best, *others[: _MOST - 3], *walks]
+    return ranked
