@@ -214,9 +214,18 @@ def _w4a8(n: int, k: int, group_size: int) -> Callable[[int], Case]:
         call = partial(api.w4a8_gemm, out_dtype=jnp.bfloat16, implementation="mosaic")
         work = bound.LINEAR["w4a8"].work(m, n, k, group_size)
         sets = [(x, x_scale, *weight) for weight in weights]
-        return Case(sets, {"qjax/mosaic": Call(call, prepare)}, work, reference)
+        calls = {"qjax/mosaic": Call(call, prepare), "xla": Call(_w4a8_xla)}
+        return Case(sets, calls, work, reference)
 
     return case
+
+
+def _w4a8_xla(x: jax.Array, x_scale: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+    """What there is without a kernel: widen both, which loses nothing of x."""
+    from qjax_kernels.weight_only_gemm import xla
+
+    y = xla.weight_only_gemm(x.astype(jnp.bfloat16), w, scale, None, out_dtype=jnp.float32)
+    return (y * x_scale).astype(jnp.bfloat16)
 
 
 @OPS.register("fp8")

@@ -20,7 +20,7 @@ _COLUMNS = (8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 _WIDE = (128, 160, 192, 224, 256)
 _CLOCK = 1.7e9  # a multiprocessor's, under load
 _BANDWIDTH = 4.1e12  # device memory, bytes/s
-_L2 = 9.0e12  # bytes/s that all multiprocessors together read of the cache; measured at M = 256
+_L2 = 7.0e12  # bytes/s that all multiprocessors together read of the cache
 _INGEST = 60  # bytes a clock that one multiprocessor takes in
 _STEP = 100  # clocks that a stage costs at least
 _START = 2.0e-6  # launch, first loads, last stores

@@ -1,0 +1,529 @@
+"""Decode attention in the interpreter and in XLA against float64, and what the interpreter cannot
+see: the code for single threads, run here on NumPy, and the division of the work."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import plgpu_shim
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from qjax_kernels.decode_attention import api, mosaic, narrow, threads
+from qjax_kernels.decode_attention.config import SHARED_MEMORY, Config, candidates
+from qjax_kernels.decode_attention.operands import Operands
+from qjax_kernels.decode_attention.problem import Problem
+from qjax_kernels.decode_attention.schedule import Schedule
+
+# The largest relative error of a rounding.
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call, with every row and entry that must not be used filled with NaN or nonsense."""
+
+    cache: str = "bfloat16"
+    query: str = "bfloat16"
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 64
+    lengths: tuple[int, ...] = (150, 0, 64)
+    paged: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
+    alibi: bool = False
+    scale: float | None = None
+    scales: str | None = "heads"
+    factor: float = 1.0  # of the queries: large ones make softmax choose
+
+    @functools.cached_property
+    def arrays(self):
+        """q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, alibi_slopes in NumPy."""
+        rng = np.random.default_rng(0)
+        batch, lengths = len(self.lengths), np.array(self.lengths, np.int32)
+        most = max(1, -(-max(self.lengths) // self.page_size))
+        pages = batch * most + 3 if self.paged else batch
+        table = rng.permutation(pages)[: batch * most].reshape(batch, most).astype(np.int32)
+        if not self.paged:
+            table = np.arange(batch, dtype=np.int32)[:, None]
+        shape = (pages, self.kv_heads, self.page_size, self.head_dim)
+        used = np.zeros((pages, self.page_size), bool)
+        for b, t in self.seen():
+            used[table[b, t // self.page_size], t % self.page_size] = True
+        caches = []
+        for _ in range(2):
+            if self.cache == "int8":
+                x = rng.integers(-128, 128, shape).astype(np.int8)
+            else:
+                x = rng.normal(size=shape)
+                x[..., ::7] *= np.exp(rng.normal(size=shape[:-1]))[..., None]  # outliers
+                x = x.astype(np.float32).astype(self.cache)
+                x[~np.broadcast_to(used[:, None, :, None], shape)] = np.nan
+            caches.append(x)
+        needed = {(b, t // self.page_size) for b, t in self.seen()}
+        for b, i in np.ndindex(*table.shape):
+            if (b, i) not in needed and self.paged:
+                table[b, i] = rng.choice([-1, 2**31 - 1])
+        q = self.factor * rng.normal(size=(batch, self.heads, self.head_dim))
+        scales = [None, None]
+        if np.dtype(self.cache).itemsize == 1 and self.scales:
+            size = self.kv_heads if self.scales == "heads" else ()
+            scales = [np.float32(rng.uniform(0.5, 2, size)) for _ in range(2)]
+            scales[0] = scales[0] / np.float32(64 if self.cache == "int8" else 1)
+        slopes = np.float32(rng.uniform(0.01, 0.5, self.heads)) if self.alibi else None
+        query = q.astype(np.float32).astype(self.query)
+        return query, *caches, table if self.paged else None, lengths, *scales, slopes
+
+    def seen(self):
+        for b, n in enumerate(self.lengths):
+            for t in range(0 if self.window is None else max(0, n - self.window), n):
+                yield b, t
+
+    def expected(self):
+        """In float64: (the result, the sum of the weights times |values|)."""
+        q, keys, values, table, lengths, k_scale, v_scale, slopes = self.arrays
+        y, size = np.zeros(q.shape), np.zeros(q.shape)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        for b, h in np.ndindex(*q.shape[:2]):
+            n, g = lengths[b], h // (self.heads // self.kv_heads)
+            at = [t for sequence, t in self.seen() if sequence == b]
+            if not at:
+                continue
+            page = [b if table is None else table[b, t // self.page_size] for t in at]
+            row = [t % self.page_size for t in at]
+            k, v = (x[page, g, row].astype(np.float64) for x in (keys, values))
+            k = k * (1.0 if k_scale is None else np.broadcast_to(k_scale, self.kv_heads)[g])
+            v = v * (1.0 if v_scale is None else np.broadcast_to(v_scale, self.kv_heads)[g])
+            s = scale * (k @ q[b, h].astype(np.float64))
+            if self.soft_cap is not None:
+                s = self.soft_cap * np.tanh(s / self.soft_cap)
+            if slopes is not None:
+                s = s + slopes[h] * (np.array(at) - (n - 1))
+            weights = np.exp(s - s.max())
+            weights /= weights.sum()
+            y[b, h], size[b, h] = weights @ v, weights @ np.abs(v)
+        return y, size
+
+    def check(self, function, rounded_weights=None):
+        """Call function(*arrays, **static) and compare.
+
+        Weights are rounded once to the type that is multiplied, results once to that of q. Sums
+        are float32 and the GPU's 2 ** x has 22 bits: scores below 100 are off by less than 2^-14,
+        which is then the relative error of a weight. float16 weights below 2^-14 lose bits: 2^-25
+        of the largest weight each, less than 2^-14 of their sum for 2000 tokens.
+        """
+        static = {"window": self.window, "soft_cap": self.soft_cap, "scale": self.scale}
+        arrays = [None if x is None else jnp.asarray(x) for x in self.arrays]
+        y = np.asarray(function(*arrays, **static)).astype(np.float64)
+        reference, size = self.expected()
+        assert y.shape == reference.shape
+        unit = UNIT[self.query]
+        weights = 0.0 if rounded_weights is None else UNIT[rounded_weights] + 2.0**-14
+        weights += 2.0**-16
+        assert (np.abs(y - reference) <= 1.1 * (weights * size + unit * np.abs(reference))).all()
+        rows = np.linalg.norm(reference, axis=-1)
+        error = np.linalg.norm(y - reference, axis=-1) / np.where(rows > 0, rows, 1)
+        # Roundings do not conspire: by row they add up like random numbers.
+        assert error.max() <= 0.75 * (unit + weights)
+
+    def check_kernel(self, config=None):
+        def kernel(*arrays, scale, **static):
+            scale = self.head_dim**-0.5 if scale is None else scale
+            arrays = [x if x is None or x.ndim else x.reshape(1) for x in arrays]
+            return mosaic.decode_attention(
+                *arrays, scale=scale, config=config, interpret=True, **static
+            )
+
+        narrow = np.dtype(self.cache).itemsize == 1
+        try:
+            self.check(kernel, "float16" if narrow else self.cache)
+        finally:
+            plgpu_shim.reset()
+
+
+def xla(q, k, v, table, lengths, k_scale, v_scale, slopes, **static):
+    scales = {"k_scale": k_scale, "v_scale": v_scale, "alibi_slopes": slopes}
+    return api.decode_attention(q, k, v, table, lengths, implementation="xla", **scales, **static)
+
+
+CACHES = ["bfloat16", "float8_e4m3fn", "int8"]
+VARIANTS = [
+    Case(query="float16", cache="float16"),
+    Case(query="float16", cache="float8_e4m3fn", scales="one"),
+    Case(scales=None, cache="float8_e4m3fn"),
+    Case(window=70),
+    Case(window=1, cache="float8_e4m3fn"),
+    Case(soft_cap=2.0, scale=0.3),
+    Case(alibi=True, heads=12),
+    Case(alibi=True, window=70, soft_cap=5.0, cache="int8"),
+    Case(factor=30.0),
+    Case(page_size=200, lengths=(200, 3, 130), paged=False),
+    Case(page_size=16, window=50, lengths=(150, 60)),
+    Case(page_size=32, cache="float8_e4m3fn"),
+    Case(page_size=128, lengths=(150, 300)),
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_format_and_head_dim(cache, head_dim):
+    case = Case(cache=cache, head_dim=head_dim, lengths=(150, 0))
+    case.check(xla)
+    case.check_kernel(Config(stages=2))
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 16, 71])
+def test_groups(group):
+    case = Case(heads=group, kv_heads=1, lengths=(70, 5))
+    case.check(xla)
+    case.check_kernel()
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_variants(case):
+    case.check(xla)
+    case.check_kernel()
+
+
+CONFIGS = [
+    Config(tokens=128, stages=2),
+    Config(warpgroups=2),
+    Config(cluster=2),
+    Config(persistent=1, least=1),
+    Config(persistent=1, least=3, warpgroups=2),
+    Config(persistent=2, tokens=128, least=1),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("cache", ["bfloat16", "float8_e4m3fn"])
+def test_every_way_to_cut_the_work(config, cache):
+    lengths = (0, 300, 0, 64, 1)
+    Case(cache=cache, lengths=lengths, page_size=128, window=200).check_kernel(config)
+
+
+def test_many_short_sequences():
+    # More than the schedule reads at a time, and workers that begin and end within them.
+    lengths = tuple(37 * i % 100 for i in range(19))
+    Case(lengths=lengths, heads=2, kv_heads=1).check_kernel(Config(persistent=1, least=1))
+
+
+@pytest.mark.parametrize("config", [Config(stages=2), Config(persistent=1, least=1)], ids=str)
+def test_no_races(config, monkeypatch):
+    careful = functools.partial(plgpu.InterpretGPUParams, detect_races=True)
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", careful)
+    Case(lengths=(300, 70), heads=4, kv_heads=1).check_kernel(config)
+    assert not plgpu_shim.races_found()
+
+
+def test_float32_in_xla():
+    Case(query="float32", cache="float32", lengths=(700, 3)).check(xla)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    lengths=st.lists(st.integers(0, 500), min_size=1, max_size=20),
+    workers=st.integers(1, 12),
+    least=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    window=st.sampled_from([None, 1, 64, 200]),
+)
+def test_every_step_is_done_once(lengths, workers, least, kv_heads, window):
+    operands = Operands(64, 64, 8, np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.bfloat16))
+    batch = len(lengths)
+    problem = Problem(operands, batch, kv_heads, kv_heads, 64, 8, 1.0, window, None)
+    schedule = Schedule(problem, jnp.array(lengths, jnp.int32), workers, least)
+    share, total = (int(x) for x in schedule.share())
+    done, slots = {}, set()
+    for worker in range(workers):
+        step, end = worker * share, min((worker + 1) * share, total)
+        if step < end:
+            sequence, start = schedule.find(jnp.int32(step))
+        while step < end:
+            run, segment = schedule.run(jnp.int32(step), jnp.int32(end), sequence, start)
+            assert run.count > 0
+            assert run.length == lengths[int(run.sequence)]
+            assert segment == run.sequence * kv_heads + run.head
+            assert int(segment) + worker not in slots
+            slots.add(int(segment) + worker)
+            for i in range(int(run.first), int(run.first + run.count)):
+                key = (int(run.sequence), int(run.head), i)
+                assert key not in done
+                done[key] = worker
+            step += int(run.count)
+            sequence, start = schedule.next_at(jnp.int32(step), sequence, start)
+    assert not slots or max(slots) < schedule.slots
+    wanted = set()
+    for b, n in enumerate(lengths):
+        seen = range(0 if window is None else max(0, n - window), n)
+        wanted |= {(b, h, t // 64) for h in range(kv_heads) for t in seen}
+    assert set(done) == wanted
+    # What the merge reads: consecutive shares of a segment, the first where its steps begin.
+    for b, h in itertools.product(range(batch), range(kv_heads)):
+        workers_of = [w for key, w in sorted(done.items()) if key[:2] == (b, h)]
+        if workers_of:
+            step = int(schedule.before(jnp.int32(b))) + h * len(workers_of)
+            assert workers_of == [(step + i) // share for i in range(len(workers_of))]
+
+
+class Simulated(threads.Threads):
+    """`Threads` that computes, with an array of 128 for every value. Memory is bytes."""
+
+    def __init__(self, dtype=np.float16):
+        self.masks, self.dtype = [np.ones(128, bool)], np.dtype(dtype)
+
+    def index(self):
+        return np.arange(128)
+
+    def constant(self, x):
+        return np.full(128, x)
+
+    def add(self, x, y):
+        return x + y
+
+    def mul(self, x, y):
+        return x * y
+
+    def divmod(self, x, y):
+        return x // y, x % y
+
+    def xor(self, x, y):
+        return x ^ y
+
+    def less(self, x, y):
+        return x < y
+
+    def either(self, x, y):
+        return x | y
+
+    @contextlib.contextmanager
+    def when(self, predicate):
+        self.masks.append(self.masks[-1] & predicate)
+        yield
+        self.masks.pop()
+
+    def load_pair(self, memory, byte):
+        at = np.where(self.masks[-1], byte, 0)
+        return np.stack([memory[at + i] for i in range(4)], 1).copy().view(self.dtype)
+
+    def _store(self, memory, byte, values):
+        raw = np.ascontiguousarray(values).view(np.uint8).reshape(128, -1)
+        assert (byte[self.masks[-1]] % raw.shape[1] == 0).all()
+        for i in range(raw.shape[1]):
+            memory[byte[self.masks[-1]] + i] = raw[self.masks[-1], i]
+
+    def store_pair(self, memory, byte, pair):
+        self._store(memory, byte, pair)
+
+    def store_rounded(self, memory, byte, values):
+        self._store(memory, byte, np.stack(values, 1).astype(self.dtype))
+
+    def store_zeros(self, memory, byte):
+        self._store(memory, byte, np.zeros((128, 16), np.uint8))
+
+    def part(self, pair, i):
+        return pair[:, i]
+
+    def to_f16(self, pair):
+        return pair.astype(np.float16)
+
+    def ldmatrix(self, memory, byte, count, *, transposed):
+        # By the manual: rows of 16 bytes, whose 8 pairs of bytes are dealt out to 4 lanes a row.
+        words = []
+        lane = np.arange(32)
+        for matrix in range(count):
+            of_warps = []
+            for warp in range(4):
+                rows = byte[32 * warp + 8 * matrix + np.arange(8)]
+                assert (rows % 16 == 0).all()
+                pairs = memory[rows[:, None] + np.arange(16)].reshape(8, 8, 2)
+                if transposed:
+                    pairs = pairs.swapaxes(0, 1)
+                first, second = (pairs[lane // 4, 2 * (lane % 4) + i] for i in range(2))
+                of_warps.append(np.concatenate([first, second], 1))
+            words.append(np.concatenate(of_warps))
+        return words
+
+    def widen(self, word, dtype, *pairs):
+        wide = word.copy().view(dtype).astype(np.float16)
+        return [wide[:, list(pair)] for pair in pairs]
+
+
+def in_shared_memory(x, swizzle):
+    """The bytes of a matrix as TMA stores it: tiles of 8 rows by `swizzle` bytes, in which the
+    16-byte chunk c of 128-byte line l lies at c ^ (l % (swizzle / 16))."""
+    raw = np.ascontiguousarray(x).view(np.uint8)
+    if swizzle is None:
+        return raw.reshape(-1).copy()
+    rows, width = raw.shape
+    tiles = raw.reshape(rows // 8, 8, width // swizzle, swizzle).transpose(0, 2, 1, 3)
+    lines = tiles.reshape(-1, 8 * swizzle // 128, 8, 16)
+    out = np.empty_like(lines)
+    for line, chunk in np.ndindex(lines.shape[1:3]):
+        out[:, line, chunk ^ (line % (swizzle // 16))] = lines[:, line, chunk]
+    return out.reshape(-1)
+
+
+def from_registers(registers):
+    """The left operand of wgmma: in each 64 rows warp w has 16, lane l rows l / 4 and l / 4 + 8 of
+    them, and of each 8 columns 2 (l % 4) and the next."""
+    blocks, eights, _ = registers.shape
+    out = np.full((64 * blocks, 8 * eights), np.nan, np.float16)
+    thread = np.arange(128)
+    for block, eight, half in np.ndindex(registers.shape):
+        rows = 64 * block + thread // 32 * 16 + 8 * half + thread % 32 // 4
+        for i in range(2):
+            out[rows, 8 * eight + 2 * (thread % 4) + i] = registers[block, eight, half][:, i]
+    return out
+
+
+def byte_matrix(tokens, head_dim, dtype):
+    rng = np.random.default_rng(1)
+    if dtype == np.int8:
+        return rng.integers(-128, 128, (tokens, head_dim)).astype(np.int8)
+    return rng.normal(size=(tokens, head_dim)).astype(dtype)
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.float8_e4m3fn])
+def test_threads_load_an_8_bit_cache(dtype, head_dim, tokens):
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    operands = Operands(tokens, head_dim, 8, np.dtype(dtype), bfloat16)
+    swizzle = operands.swizzle if operands.cache_transforms else None
+    x = byte_matrix(tokens, head_dim, dtype)
+    memory = in_shared_memory(x, swizzle)
+    arguments = (Simulated(), memory, tokens, head_dim, np.dtype(dtype), swizzle)
+    keys = from_registers(narrow.emit_keys(*arguments))
+    assert (keys == np.asarray(narrow.keys(jnp.asarray(x)))).all()
+    values = from_registers(narrow.emit_values(*arguments))
+    features = np.asarray(narrow.rows(jnp.arange(values.shape[0])[:, None]))[0]
+    place = np.argsort(features)  # of each feature
+    assert (values[place][:head_dim] == x.astype(np.float16).T).all()
+    assert (np.asarray(narrow.values(jnp.asarray(x)))[place][:head_dim] == x.T.astype(float)).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+def test_threads_store_queries(cache, head_dim):
+    operands = Operands(64, head_dim, 16, np.dtype(cache), np.dtype(np.float16))
+    tile = operands.queries_buffer().transforms[0].tiling[1]
+    x = np.random.default_rng(2).normal(size=(16, head_dim)).astype(np.float16)
+    memory = np.zeros(x.nbytes, np.uint8)
+    convert = narrow.emit_query_pair if operands.narrow else None
+    raw = x.reshape(-1).view(np.uint8)
+    threads.emit_put_queries(Simulated(), raw, memory, x.shape, 2 * tile, convert)
+    wanted = np.asarray(narrow.queries(jnp.asarray(x))) if operands.narrow else x
+    assert (memory == in_shared_memory(wanted, 2 * tile)).all()
+
+
+@pytest.mark.parametrize("bounds", [(0, 64), (-30, 17), (5, 200), (20, 21)])
+@pytest.mark.parametrize(("width", "swizzle"), [(128, 128), (64, 64), (256, 128), (80, None)])
+def test_threads_clear_rows(bounds, width, swizzle):
+    x = np.random.default_rng(3).integers(1, 255, (64, width)).astype(np.uint8)
+    memory = in_shared_memory(x, swizzle)
+    limits = tuple(np.full(128, bound) for bound in bounds)
+    threads.emit_clear_rows(Simulated(), memory, limits, x.shape, swizzle)
+    row = np.arange(64)[:, None]
+    kept = np.where((row >= bounds[0]) & (row < bounds[1]), x, 0)
+    assert (memory == in_shared_memory(kept, swizzle)).all()
+
+
+@pytest.mark.parametrize("neighbours", [1, 2])
+@pytest.mark.parametrize(("heads", "head_dim"), [(8, 128), (5, 80), (12, 64), (1, 256)])
+def test_threads_store_rows(heads, head_dim, neighbours):
+    columns, features = -(-heads // 8) * 8, -(-head_dim // 64) * 64
+    mixed = np.random.default_rng(4).normal(size=(features, columns)).astype(np.float32)
+    registers = np.empty((features // 64, columns // 8, 2), object)
+    thread = np.arange(128)
+    for block, eight, half in np.ndindex(registers.shape):
+        rows = 64 * block + thread // 32 * 16 + 8 * half + thread % 32 // 4
+        at = 8 * eight + 2 * (thread % 4)
+        registers[block, eight, half] = np.stack([mixed[rows, at], mixed[rows, at + 1]], 1)
+    memory = np.zeros(2 * heads * head_dim, np.uint8)
+    for block in range(features // 64):  # as the merge does it
+        start = np.full(128, 64 * block)
+        part = registers[block : block + 1]
+        threads.emit_put_rows(Simulated(), part, memory, (heads, head_dim), start, neighbours)
+    wanted = np.asarray(narrow.rows(jnp.asarray(mixed))) if neighbours == 2 else mixed.T
+    found = memory.view(np.float16).reshape(heads, head_dim)
+    assert (found == wanted[:heads, :head_dim].astype(np.float16)).all()
+
+
+SHAPES = [(1, 8, 4, 128, 64, 16), (64, 8, 8, 128, 64, 64), (16, 1, 71, 64, 64, 64)]
+SHAPES += [(32, 8, 2, 256, 16, 999), (8, 32, 1, 80, 4096, 1), (256, 8, 4, 128, 128, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cache", CACHES)
+def test_candidates_fit(shape, cache):
+    found = candidates(*shape, np.dtype(cache), 132)
+    assert 2 <= len(found) <= 6
+    assert len(set(found)) == len(found)
+    columns = -(-shape[2] // 8) * 8
+    for config in found:
+        assert config.fits(*shape[4:])
+        shared = config.shared(shape[3], columns, np.dtype(cache)) + 1024
+        assert shared * max(1, config.persistent) <= SHARED_MEMORY
+
+
+def test_what_is_refused():
+    def kernel(case, config=None):
+        arrays = [None if x is None else jnp.asarray(x) for x in case.arrays]
+        static = {"scale": 1.0, "window": None, "soft_cap": None, "config": config}
+        mosaic.decode_attention(*arrays, interpret=True, **static)
+
+    for case, config, reason in (
+        (Case(query="float32"), None, "queries must be"),
+        (Case(query="float16"), None, "a cache of bfloat16 with queries of float16"),
+        (Case(head_dim=72), None, "head_dim"),
+        (Case(heads=300, kv_heads=1), None, "300 query heads"),
+        (Case(page_size=48), None, "pages of 48"),
+        (Case(page_size=64), Config(tokens=128, stages=1), None),
+    ):
+        if reason is None:
+            continue
+        with pytest.raises(NotImplementedError, match=reason):
+            kernel(case, config)
+    arrays = [None if x is None else jnp.asarray(x) for x in Case().arrays[:5]]
+    with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
+        api.decode_attention(*arrays, implementation="mosaic")
+
+
+def test_calls_that_do_not_fit_together():
+    q, k, v, table, lengths = (jnp.asarray(x) for x in Case().arrays[:5])
+    call = functools.partial(api.decode_attention, implementation="xla")
+    for arguments, static, reason in (
+        ((q[0], k, v, table, lengths), {}, "q is"),
+        ((q, k, v[:, :1], table, lengths), {}, "must be alike"),
+        ((q[:, :5], k, v, table, lengths), {}, "divides 5"),
+        ((q, k, v, table[:1], lengths), {}, "block_table"),
+        ((q, k, v, None, lengths), {}, "without a block table"),
+        ((q, k, v, table, lengths.astype(jnp.float32)), {}, "lengths"),
+        ((q, k, v, table, lengths), {"k_scale": jnp.ones(3)}, "k_scale"),
+        ((q, k, v, table, lengths), {"alibi_slopes": jnp.ones(3)}, "alibi_slopes"),
+        ((q, k, v, table, lengths), {"window": 0}, "window"),
+        ((q, k, v, table, lengths), {"soft_cap": 0.0}, "soft_cap"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            call(*arguments, **static)
+
+
+def test_the_default_runs_anywhere():
+    case = Case(cache="int8", scales="one")
+
+    def default(q, k, v, table, lengths, k_scale, v_scale, slopes, **static):
+        scales = {"k_scale": k_scale, "v_scale": v_scale, "alibi_slopes": slopes}
+        return jax.jit(functools.partial(api.decode_attention, **static))(
+            q, k, v, table, lengths, **scales
+        )
+
+    case.check(default)
