@@ -8,7 +8,7 @@ import numpy as np
 SHARED_MEMORY = 233472  # bytes of a multiprocessor
 SHARED_A_BLOCK = 232448  # bytes that a block may have
 RESERVED = 1024  # bytes of each block that are the system's
-COMMON = 2560  # bytes of a block beside its buffers: reductions, barriers, slopes
+COMMON = 2048  # bytes of a block beside its buffers: reductions, barriers
 MOST_STAGES = 8
 
 
@@ -44,8 +44,8 @@ class Config:
         itemsize = np.dtype(dtype).itemsize
         features = math.ceil(head_dim / 64) * 64
         values = head_dim if itemsize == 1 else features
-        # Queries twice, weights; keys, values; what is merged.
-        buffers = [2 * columns * head_dim] * 2 + [2 * columns * self.tokens]
+        # Queries twice, weights, slopes; keys, values; what is merged.
+        buffers = [2 * columns * head_dim] * 2 + [2 * columns * self.tokens, 4 * columns]
         buffers += [self.stages * self.tokens * itemsize * width for width in (head_dim, values)]
         if self.persistent == 0 and self.cluster * self.warpgroups > 1:
             buffers += [4 * columns * features, 4 * columns, 4 * columns]

@@ -171,7 +171,7 @@ def tiled(
         pl.run_scoped(
             tile_loop,
             allocations=pipeline(ignore, ignore, zeros and grouped).get_allocations(
-                *at_tile(streamed, 0, 0)
+                *streamed
             ),
             out_s=plgpu.SMEM(
                 (wgs, 2, piece, 64),

@@ -72,6 +72,8 @@ def tiled_fp8(
     def body(*refs):  # type: ignore[no-untyped-def]
         words_g, x_g, scale_g, token_scale_g, sums_g, *bias_g, out_g = refs
 
+        everything = [words_g, x_g, *([scale_g, sums_g] if grouped else [])]
+
         def at_tile(row_tile, token_tile):  # type: ignore[no-untyped-def]
             of_rows = pl.ds(row_tile * wgs, wgs)
             of_tokens = pl.ds(token_tile * tile, tile)
@@ -138,7 +140,7 @@ def tiled_fp8(
 
         pl.run_scoped(
             tile_loop,
-            allocations=pipeline(ignore, ignore).get_allocations(*at_tile(0, 0)),
+            allocations=pipeline(ignore, ignore).get_allocations(*everything),
             out_s=plgpu.SMEM(
                 (wgs, 2, piece, 64),
                 out_dtype,
