@@ -44,7 +44,7 @@ def decode_attention(
     position before n needs, or none within the window.
 
     A cache that is not paged, [batch, kv_heads, length, head_dim], is one with pages of `length`
-    tokens: give it with block_table None, whatever its length; nothing is copied.
+    tokens: give it with block_table None; nothing is copied.
 
     Args:
       q: [batch, heads, head_dim], bfloat16, float16 or float32.
@@ -58,7 +58,8 @@ def decode_attention(
       window: positions that are seen, the last ones; None: all.
       soft_cap: None: no cap.
       implementation: a name of IMPLEMENTATIONS; None: the first that takes the call. 'mosaic' takes
-        pages of 8, 16, 32 or a multiple of 64 tokens; 64 or more are faster.
+        pages of 8, 16, 32 or a multiple of 64 tokens, of which 64 or more are faster; a cache that
+        is not paged may have any length that is a multiple of 8.
 
     Returns:
       [batch, heads, head_dim] in the dtype of q.

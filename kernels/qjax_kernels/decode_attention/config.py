@@ -35,9 +35,10 @@ class Config:
     least: int = 2
 
     def fits(self, page_size: int, pages: int) -> bool:
-        """Whether a step is a part of a page, or whole pages, or there is but one page."""
-        whole = self.tokens % page_size == 0 and page_size % 8 == 0
-        return pages == 1 or page_size % self.tokens == 0 or whole
+        """Whether a step is a part of a page, or whole pages, or there is but one page; and a page
+        whole tiles of 8 rows."""
+        nested = page_size % self.tokens == 0 or self.tokens % page_size == 0
+        return page_size % 8 == 0 and (pages == 1 or nested)
 
     def shared(self, head_dim: int, columns: int, dtype: np.dtype) -> int:
         """Bytes of shared memory that a block takes at most."""

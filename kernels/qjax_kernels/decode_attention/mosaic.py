@@ -58,7 +58,7 @@ def decode_attention(
     if not config.fits(page_size, pages):
         raise NotImplementedError(
             f"steps of {config.tokens} tokens and pages of {page_size}: a page must have 8, 16, 32 "
-            f"or a multiple of {config.tokens} tokens"
+            f"or a multiple of {config.tokens} tokens, or a multiple of 8 if it is the only one"
         )
     arrays = (q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, alibi_slopes)
     return _run(arrays, scale, window, soft_cap, config, cores, interpret)

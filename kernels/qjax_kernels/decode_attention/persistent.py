@@ -128,7 +128,7 @@ def _sum(
 ) -> tuple[jax.Array, jax.Array]:
     """(total, mixed) of `number` slots from `slot` on, for 64 features."""
     layout = plgpu.Layout.WGMMA
-    together = max(1, min(8, 128 // columns))  # as many at a time as registers hold
+    together = max(1, min(16, 128 // columns))  # as many at a time as registers hold
 
     def load(ref: Ref, layout: Any) -> jax.Array:
         return plgpu.load(ref, layout=layout, optimized=False)

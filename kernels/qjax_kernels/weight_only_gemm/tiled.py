@@ -170,9 +170,7 @@ def tiled(
 
         pl.run_scoped(
             tile_loop,
-            allocations=pipeline(ignore, ignore, zeros and grouped).get_allocations(
-                *streamed
-            ),
+            allocations=pipeline(ignore, ignore, zeros and grouped).get_allocations(*streamed),
             out_s=plgpu.SMEM(
                 (wgs, 2, piece, 64),
                 out_dtype,
