@@ -21,6 +21,10 @@ from qjax_kernels.decode_attention.operands import Operands
 from qjax_kernels.decode_attention.problem import Problem
 from qjax_kernels.decode_attention.schedule import Schedule
 
+if jax.__version_info__ >= (0, 12):
+    # The race detector and the exchange between threads read private parts of the interpreter.
+    pytest.skip("the interpreter's private parts are those of jax 0.11", allow_module_level=True)
+
 # The largest relative error of a rounding.
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 

@@ -17,7 +17,7 @@ from qjax_kernels.decode_attention.operands import Operands
 from qjax_kernels.decode_attention.persistent import persistent
 from qjax_kernels.decode_attention.problem import Inputs, Problem
 
-INTERPRETED_CORES = 4
+INTERPRETED_CORES = 1
 MOST_REGISTERS = 150  # of a thread, for accumulators
 
 
