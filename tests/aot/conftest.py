@@ -1,4 +1,4 @@
-"""Compiling for GPUs takes a while: every test here is heavy."""
+"""Compiling for GPUs takes a while: `make test-aot` runs these tests, `make test` does not."""
 
 from pathlib import Path
 
@@ -9,3 +9,4 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.heavy)
+            item.add_marker(pytest.mark.aot)
