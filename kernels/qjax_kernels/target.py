@@ -33,7 +33,9 @@ def target() -> Target:
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.num_cores is not None:
         return Target(abstract.platform or "gpu", abstract.device_kind, abstract.num_cores)
-    device = jax.config.jax_default_device or jax.local_devices()[0]
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):  # a string names a platform
+        device = jax.local_devices(backend=device)[0]
     return Target(device.platform, device.device_kind, getattr(device, "core_count", 1))
 
 

@@ -86,7 +86,9 @@ def _ranked(
                 cores=cores,
             )
         )
-        if tiling is None:
+        # Clusters that share K and walk over several tiles were not seen to end on a GPU within the
+        # time that a check was given: they are not chosen, only taken when they are asked for.
+        if tiling is None or (config.splits > 1 and not tiling.once):
             continue
         key = (config.swap, config.warpgroups, config.splits, config.multicast)
         guess = seconds(tiling)
