@@ -68,6 +68,7 @@ class Attention:
         problem, buffers, wg = self.problem, self.buffers, self.index
         operands, columns, layout = problem.operands, problem.operands.columns, plgpu.Layout.WGMMA
         queries, weights_buffer = buffers.queries.at[wg], buffers.weights.at[wg]
+        scratch = buffers.reduced.at[wg]
 
         @pl.when(run.count > 0)
         def _() -> None:
@@ -91,7 +92,7 @@ class Attention:
 
             begin = (run.first + i) * operands.tokens
             scores = self._seen(run, begin, scores * factor)
-            new_top = jnp.maximum(top, scores.max(0))
+            new_top = jnp.maximum(top, operands.over_tokens(scores, "max", scratch))
             shrink = jnp.exp2(top - new_top)
             weights = jnp.exp2(scores - _down(new_top, scores))
             total = total * _down(shrink, total) + weights
@@ -117,7 +118,7 @@ class Attention:
             self._pages(run, run.count * 0 + self.stages),
         )
         top, total, mixed, *_ = lax.fori_loop(0, run.count, step, carry)
-        return top, total.sum(0), mixed
+        return top, operands.over_tokens(total, "add", scratch), mixed
 
     def _pages(self, run: Run, step: jax.Array) -> tuple[jax.Array, ...]:
         """The table's entries for a step; any entries for one that the run has not."""

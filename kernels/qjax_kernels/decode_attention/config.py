@@ -8,7 +8,7 @@ import numpy as np
 SHARED_MEMORY = 233472  # bytes of a multiprocessor
 SHARED_A_BLOCK = 232448  # bytes that a block may have
 RESERVED = 1024  # bytes of each block that are the system's
-COMMON = 2048  # bytes of a block beside its buffers: reductions, barriers
+COMMON = 1024  # bytes of a block beside its buffers: barriers
 MOST_STAGES = 8
 
 
@@ -45,8 +45,8 @@ class Config:
         itemsize = np.dtype(dtype).itemsize
         features = math.ceil(head_dim / 64) * 64
         values = head_dim if itemsize == 1 else features
-        # Queries twice, weights, slopes; keys, values; what is merged.
-        buffers = [2 * columns * head_dim] * 2 + [2 * columns * self.tokens, 4 * columns]
+        # Queries twice, weights, slopes, reductions; keys, values; what is merged.
+        buffers = [2 * columns * head_dim] * 2 + [2 * columns * self.tokens, 4 * columns, 2048]
         buffers += [self.stages * self.tokens * itemsize * width for width in (head_dim, values)]
         if self.persistent == 0 and self.cluster * self.warpgroups > 1:
             buffers += [4 * columns * features, 4 * columns, 4 * columns]
@@ -105,7 +105,10 @@ def candidates(
     # So many blocks for each pair that every multiprocessor has one or two.
     cluster = 2 ** max(0, min(3, round(math.log2(cores / pairs)), math.floor(math.log2(steps))))
     shared = [filled(1, cluster=cluster, warpgroups=2), filled(2, cluster=min(8, 2 * cluster))]
-    if pairs >= 4 * cores:  # blocks come and go, which balances them
+    # One launch is best where the pairs fill all places of the last round too, or where there are so
+    # many rounds that blocks which come and go balance each other.
+    rounds = pairs / (cores * counts[0])
+    if pairs >= 4 * cores or rounds >= 0.8 * math.ceil(rounds):
         order = [*each[:1], *balanced[:1], *each[1:2], *balanced[1:2], *large]
     elif cluster == 1:
         order = [*balanced[:1], *each[:1], *balanced[1:2], *large[1:], *each[1:2], *large[:1]]

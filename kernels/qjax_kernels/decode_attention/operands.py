@@ -23,6 +23,7 @@ from qjax_kernels.decode_attention import narrow, threads
 
 Ref = Any
 THREADS = threads.Threads()
+SCRATCH = 512  # floats in which the warps of a warpgroup exchange what they reduced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,24 @@ class Operands:
         the order of `narrow.values`."""
         left = self._convert(values, narrow.values, narrow.emit_values) if self.narrow else values.T
         return _product(left, weights.T)
+
+    def over_tokens(self, x: jax.Array, operation: str, scratch: Ref) -> jax.Array:
+        """The maximum ('max') or the sum ('add') of x [rows, columns] over the rows.
+
+        Pallas keeps one piece of shared memory for this in a block, which warpgroups would write
+        at once: each has its own `scratch`, of `SCRATCH` floats.
+        """
+        if self.interpret:
+            return x.max(0) if operation == "max" else x.sum(0)
+
+        def emit(context: Any, x: Any, scratch: Any) -> Any:
+            del context
+            return x.reduce(operation, 0, scratch)
+
+        layout = plgpu.Layout.WGMMA
+        out = plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=layout.reduce(0))
+        types = layout, plgpu.RefType(())
+        return plgpu.inline_mgpu(arg_types=types, return_type=out)(emit)(x, scratch)
 
     def put_rows(self, mixed: jax.Array, rows: Ref, start: jax.Array) -> None:
         """Store features from `start` on of what `mix` returned, in their true order, as columns of

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax_kernels.decode_attention.operands import Operands
+from qjax_kernels.decode_attention.operands import SCRATCH, Operands
 
 Ref = Any
 
@@ -72,14 +72,15 @@ class Inputs:
 @dataclasses.dataclass(frozen=True)
 class Buffers:
     """Shared memory, each with a leading axis of warpgroups: slots of keys and of values with a
-    barrier each, the queries of a KV head as they are and as an operand, softmax weights, slopes of
-    ALiBi."""
+    barrier each, the queries of a KV head as they are and as an operand, softmax weights, what warps
+    reduced, slopes of ALiBi."""
 
     keys: Ref
     values: Ref
     raw_queries: Ref
     queries: Ref
     weights: Ref
+    reduced: Ref
     keys_there: Ref
     values_there: Ref
     queries_there: Ref
@@ -98,6 +99,7 @@ class Buffers:
             ),
             "queries": operands.queries_buffer(warpgroups),
             "weights": operands.weights_buffer(warpgroups),
+            "reduced": plgpu.SMEM((warpgroups, SCRATCH), jnp.float32),
             "keys_there": plgpu.Barrier(num_barriers=slots, num_arrivals=problem.boxes),
             "values_there": plgpu.Barrier(num_barriers=slots, num_arrivals=problem.boxes),
             "queries_there": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=1 + slopes),
