@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
+import ptx_emulator
 
 NAMES = {
     "bfloat16": "bf16",
@@ -44,26 +45,52 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def float_type(name):
+    """NumPy's name for a float type of Triton."""
+    floats = {
+        "bf16": ml_dtypes.bfloat16,
+        "fp8e4nv": ml_dtypes.float8_e4m3fn,
+        "fp8e5": ml_dtypes.float8_e5m2,
+    }
+    return np.dtype(floats.get(name, name.replace("fp", "float")))
+
+
 def convert_float(data, source, destination, rounding_mode):
     """In place of the interpreter's own, which truncates where GPUs round to nearest even."""
-    floats = {"bf16": ml_dtypes.bfloat16, "fp8e4nv": ml_dtypes.float8_e4m3fn}
-
-    def dtype(name):
-        return np.dtype(floats.get(name, name.replace("fp", "float")))
-
-    value = data.view(dtype(source.name)).astype(np.float32)
+    value = data.view(float_type(source.name)).astype(np.float32)
     if destination.name == "fp8e4nv":
         value = np.clip(value, -448, 448)  # as the instruction does; NaN stays
-    result = value.astype(dtype(destination.name))
+    result = value.astype(float_type(destination.name))
     return result.view(f"uint{8 * result.itemsize}")
 
 
 def inline_asm(self, asm, constraints, values, types, is_pure, pack):
     """The few instructions that kernels name, which the interpreter lacks."""
+    handle = type(values[0])
     functions = {"ex2.approx.ftz.f32": np.exp2, "rcp.approx.ftz.f32": np.reciprocal}
-    (value,) = values
-    result = type(value)(functions[asm.split()[0]](value.data), value.dtype)
-    return SimpleNamespace(get_result=lambda i: result)
+    if (name := asm.split()[0]) in functions:
+        results = [handle(functions[name](values[0].data), values[0].dtype)]
+    else:
+        scalars = [t.scalar for t in types]
+        stored = [np.dtype(f"uint{t.primitive_bitwidth}") for t in scalars]
+        arrays = ptx_emulator.elementwise(asm, [v.data for v in values], stored, pack)
+        results = [
+            handle(array.view(np.float16) if t.name == "fp16" else array, t)
+            for array, t in zip(arrays, scalars, strict=True)
+        ]
+    return SimpleNamespace(get_result=lambda i: results[i])
+
+
+def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """In place of the interpreter's own, which takes bfloat16 for integers."""
+
+    def wide(operand):
+        if not operand.dtype.scalar.is_floating():
+            return operand.data
+        return operand.data.view(float_type(operand.dtype.scalar.name)).astype(np.float32)
+
+    result = np.matmul(wide(a), wide(b), dtype=d.data.dtype) + d.data
+    return type(d)(result, d.dtype.scalar)
 
 
 def patch(interpreter):
@@ -72,6 +99,7 @@ def patch(interpreter):
 
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_inline_asm = inline_asm
+    interpreter.InterpreterBuilder.create_dot = dot
 
     # Triton's language is patched anew for every function that is called, and back again: here
     # once for each module, for good.
@@ -81,6 +109,8 @@ def patch(interpreter):
         if id(function.__globals__) not in patched:
             patched.add(id(function.__globals__))
             patch_language(function)
+            # NumPy makes numbers of arrays without axes only.
+            tl.core.tensor.__index__ = lambda self: self.handle.data.item()
         return SimpleNamespace(restore=lambda: None)
 
     def topk(x, k, dim=None):

@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from qjax_kernels import target
-from qjax_kernels.decode_attention import mosaic, xla
+from qjax_kernels import target, triton_launch
+from qjax_kernels.decode_attention import mosaic, triton, xla
 from qjax_kernels.decode_attention.config import Config, candidates
+from qjax_kernels.prefill_attention import config as portable
+from qjax_kernels.prefill_attention.launch import most_seen
 
 from benchmarks.kernels.bound import BANDWIDTH, L2
 from benchmarks.kernels.timing import run_kernels
@@ -192,8 +194,24 @@ def dense() -> Callable[..., jax.Array]:
     return attend
 
 
-def table(case: Case, iterations: int) -> None:
-    """Print a line for each candidate."""
+def portable_candidates(case: Case) -> list[portable.Config]:
+    """Of the Triton kernel."""
+    group = case.heads // case.kv_heads
+    return portable.candidates(
+        group,
+        case.batch * case.kv_heads,
+        most_seen(case.pages * case.page_size, case.window, group, group),
+        case.head_dim,
+        np.dtype(case.cache).itemsize,
+        triton_launch.capability(),
+        target.target().cores,
+        case.page_size,
+        case.window is None and case.soft_cap is None and not case.alibi,
+    )
+
+
+def table(case: Case, iterations: int, implementation: str = "") -> None:
+    """Print a line for each candidate of the implementations whose names contain that."""
     bound = 1e6 * case.bytes / BANDWIDTH
     # Together at least twice the cache; of a call that is that large, the same again.
     sets = [arguments(case, seed) for seed in range(min(32, math.ceil(2 * L2 / case.bytes)))]
@@ -208,15 +226,26 @@ def table(case: Case, iterations: int) -> None:
     }
     sizes = (case.batch, case.kv_heads, case.heads // case.kv_heads, case.head_dim)
     cache, cores = (case.page_size, case.pages, np.dtype(case.cache)), target.target().cores
-    calls: list[tuple[str, Callable[..., Any]]] = [
-        (describe(config), functools.partial(mosaic.decode_attention, config=config, **static))
-        for config in candidates(*sizes, *cache, cores)
-    ]
-    calls.append(("xla", functools.partial(xla.decode_attention, **static)))
+    calls: list[tuple[str, Callable[..., Any]]] = []
+    if implementation in "mosaic":
+        calls += [
+            (describe(config), functools.partial(mosaic.decode_attention, config=config, **static))
+            for config in candidates(*sizes, *cache, cores)
+        ]
+    if implementation in "triton":
+        calls += [
+            (
+                f"triton, {c.rows} x {c.keys} x {c.stages}, {c.warps} warps, split {c.split}",
+                functools.partial(triton.decode_attention, config=c, **static),
+            )
+            for c in portable_candidates(case)
+        ]
+    if implementation in "xla":
+        calls.append(("xla", functools.partial(xla.decode_attention, **static)))
     for label, call in calls:
         line(label, call, sets, bound, iterations, expected)
     plain = case.window is None and case.soft_cap is None and not case.alibi
-    if case.cache == jnp.bfloat16 and plain and not case.spread:
+    if case.cache == jnp.bfloat16 and plain and not case.spread and implementation in "xla":
         del sets
         keys = jax.random.split(jax.random.key(0), 3)
         shape = (case.batch, case.most, case.kv_heads, case.head_dim)
@@ -245,7 +274,7 @@ def line(
         text = f"{us:9.2f} us {100 * bound / us:5.1f} %  {said}  {by_kernel}"
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
-    print(f"  {label:34} {text}", flush=True)
+    print(f"  {label:46} {text}", flush=True)
 
 
 def main() -> None:
@@ -253,10 +282,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer cases, 2 iterations")
     parser.add_argument("--only", help="only cases whose title contains this")
+    parser.add_argument(
+        "--implementation", choices=["mosaic", "triton", "xla"], default="", help="only this one's"
+    )
     asked = parser.parse_args()
     for case in cases():
         if (case.quick or not asked.quick) and (asked.only or "") in case.title:
-            table(case, 2 if asked.quick else 5)
+            table(case, 2 if asked.quick else 5, asked.implementation)
 
 
 if __name__ == "__main__":

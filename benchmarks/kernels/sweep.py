@@ -15,7 +15,7 @@ LINEAR_SHAPES = {
 }
 
 
-# A GPU that idles runs at a fifth of its clock and needs some milliseconds of work to leave that.
+# Of work before the clock starts, as in `qjax_kernels.timing`, which says why (and needs JAX).
 WARM_UP_SECONDS = 0.05
 
 

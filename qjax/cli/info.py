@@ -1,4 +1,4 @@
-"""qjax info: versions, devices, recipes, kernels, and what a checkpoint holds."""
+"""qjax info: versions, devices, recipes, kernels and their tuning, what a checkpoint holds."""
 
 import argparse
 from collections import Counter
@@ -6,9 +6,10 @@ from typing import Any
 
 from qjax._version import __version__
 from qjax.cli.common import REFERENCE, add_model, load_model, print_json, print_table
+from qjax.errors import ConfigError
 from qjax.presets import ALIASES, PRESETS
 
-HELP = "show versions, devices, recipes, kernels, and what a checkpoint holds"
+HELP = "show versions, devices, recipes, which kernels run here, and what a checkpoint holds"
 EXAMPLES = """examples:
   qjax info
   qjax info --model my-int4 --json"""
@@ -33,10 +34,7 @@ def run(args: argparse.Namespace) -> None:
         for name, settings in data["presets"].items()
     ]
     print_table(("preset", "weights", "activations", "also called"), rows)
-    print_table(
-        ("kernel op", "implementations"),
-        [(op, ", ".join(names)) for op, names in data["kernels"].items()],
-    )
+    _print_kernels(data)
     if "model" in data:
         model = data["model"]
         print(f"{model['path']}: {model['model_type']}, {model['parameters']:,} parameters")
@@ -48,8 +46,6 @@ def run(args: argparse.Namespace) -> None:
 def _environment() -> dict[str, Any]:
     import jax
 
-    from qjax.ops import KERNELS
-
     presets = {
         name: settings | {"aliases": [a for a, target in ALIASES.items() if target == name]}
         for name, settings in PRESETS.items()
@@ -59,8 +55,73 @@ def _environment() -> dict[str, Any]:
         "jax": jax.__version__,
         "devices": [device.device_kind for device in jax.devices()],
         "presets": presets,
-        "kernels": {op: list(names) for op, names in KERNELS.items()},
+        "kernels": _kernels(),
+        "tuned": _tuned(),
     }
+
+
+def _kernels() -> dict[str, Any]:
+    """Op -> its implementations, best first: whether each runs here, and a note on it."""
+    from qjax_kernels.support import support
+
+    return {
+        found.op: {
+            "runs": list(found.runs),
+            "notes": dict(found.notes),
+            "skipped": list(found.skipped),
+        }
+        for found in support()
+    }
+
+
+def _tuned() -> dict[str, Any] | None:
+    """The tuned table in use."""
+    from qjax_kernels.target import target
+    from qjax_kernels.tuned.lookup import table_of
+    from qjax_kernels.tuned.schema import TableError
+
+    try:
+        found = table_of(target())
+    except TableError as error:
+        raise ConfigError(f"{error}; correct or delete the file, or see qjax tune") from error
+    if found is None:
+        return None
+    table = found.table
+    return {
+        "file": str(found.path),
+        "device": table.device,
+        "stands_in": found.stands_in,
+        "date": table.date,
+        "commit": table.commit,
+        "versions": dict(table.versions),
+        "entries": len(table.entries),
+    }
+
+
+def _print_kernels(data: dict[str, Any]) -> None:
+    kernels = data["kernels"]
+    rows = [(op, ", ".join(found["runs"])) for op, found in kernels.items()]
+    print_table(("kernel op", "runs here, best first"), rows)
+    # Each sentence once, with the ops it is of: (implementation, what is said) -> ops.
+    said: dict[tuple[str, str], list[str]] = {}
+    for op, found in kernels.items():
+        notes = {(name, note) for name, note in found["notes"].items() if note}
+        skipped = [reason.partition(": ")[::2] for reason in found["skipped"]]
+        # Skipped although it runs, such as where the tuned table has another one faster.
+        notes |= {(name, f"skipped: {why}") for name, why in skipped if name in found["runs"]}
+        for pair in sorted(notes):
+            said.setdefault(pair, []).append(op)
+    for (name, note), ops in said.items():
+        print(f"{name}: {note} ({', '.join(ops)})")
+    tuned = data["tuned"]
+    if tuned is None:
+        print("no tuned table for this device: kernels take the first guess of a cost model")
+        return
+    stands_in = ", which stands in for this device's" if tuned["stands_in"] else ""
+    print(
+        f"tuned table: {tuned['device']}{stands_in}, {tuned['date']}, commit {tuned['commit']}, "
+        f"{tuned['entries']} entries: {tuned['file']}"
+    )
 
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from qjax_kernels.weight_only_gemm import api, mosaic
-from qjax_kernels.weight_only_gemm.config import candidates
+from qjax_kernels.weight_only_gemm.config import candidates, fp8_candidates
 
 pytestmark = pytest.mark.heavy
 
@@ -76,24 +76,68 @@ def test_every_candidate(out, features, format):
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256, 2048])
 def test_fp8_activations(tokens):
     weight = prepared(8192, 8192, "int4", 128, False, "float8_e4m3fn")
-    rounded = -(-tokens // 256) * 256
-    described = api.Fp8(
-        h200.shape((rounded,), jnp.float32), h200.shape((weight.groups, rounded), jnp.float32)
-    )
 
-    def product(x, x_scale, weight, described):
-        return api.w4a8_gemm(
-            x, x_scale, weight, None, described, out_dtype=jnp.bfloat16, implementation="mosaic"
-        )
+    def product(x, x_scale, weight):
+        return api.w4a8_gemm(x, x_scale, weight, out_dtype=jnp.bfloat16, implementation="mosaic")
 
     compiled = h200.compile_for_h200(
         product,
         h200.shape((tokens, 8192), jnp.float8_e4m3fn),
         h200.shape((tokens, 1), jnp.float32),
         weight,
-        described,
     )
     (kernel,) = compiled.kernels
     check(kernel)
     assert "e4m3.e4m3" in kernel.ptx
+    assert "fusion(" not in compiled.hlo
+
+
+@pytest.mark.parametrize(
+    "config",
+    fp8_candidates(256, prepared(8192, 8192, "int4", 128, False, "float8_e4m3fn")),
+    ids=str,
+)
+def test_every_fp8_candidate(config):
+    weight = prepared(8192, 8192, "int4", 128, False, "float8_e4m3fn")
+    compiled = h200.compile_for_h200(
+        mosaic.fp8_prepared_gemm,
+        h200.shape((256, 8192), jnp.float8_e4m3fn),
+        h200.shape((256, 1), jnp.float32),
+        weight,
+        out_dtype=jnp.bfloat16,
+        config=config,
+    )
+    (kernel,) = compiled.kernels
+    check(kernel)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 256, 2048])
+@pytest.mark.parametrize("residual", [False, True])
+def test_fp4(tokens, residual):
+    """nvfp4 is groups of 16."""
+    weight = prepared(8192, 8192, "float4_e2m1fn", 16, False)
+    out = h200.shape((tokens, 8192), jnp.bfloat16)
+
+    def product(x, weight, residual=None):
+        return api.prepared_gemm(
+            x, weight, None, residual, out_dtype=jnp.bfloat16, implementation="mosaic"
+        )
+
+    compiled = h200.compile_for_h200(product, out, weight, *[out] * residual)
+    (kernel,) = compiled.kernels
+    check(kernel)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 256, 4096])
+def test_a_gated_unit(tokens):
+    weight = prepared(2 * 14336, 4096, "int4", 128, False)
+
+    def product(x, weight):
+        return api.prepared_gemm(
+            x, weight, out_dtype=jnp.bfloat16, activation="silu", implementation="mosaic"
+        )
+
+    compiled = h200.compile_for_h200(product, h200.shape((tokens, 4096), jnp.bfloat16), weight)
+    (kernel,) = compiled.kernels
+    check(kernel)
     assert "fusion(" not in compiled.hlo

@@ -5,10 +5,14 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from qjax_kernels.decode_attention import mosaic, xla
+from qjax_kernels.decode_attention import mosaic, triton, xla
 from qjax_kernels.dispatch import dispatch
 
-IMPLEMENTATIONS = {"mosaic": mosaic.decode_attention, "xla": xla.decode_attention}
+IMPLEMENTATIONS = {
+    "mosaic": mosaic.decode_attention,
+    "triton": triton.decode_attention,
+    "xla": xla.decode_attention,
+}
 
 
 def decode_attention(
@@ -59,7 +63,8 @@ def decode_attention(
       soft_cap: None: no cap.
       implementation: a name of IMPLEMENTATIONS; None: the first that takes the call. 'mosaic' takes
         pages of 8, 16, 32 or a multiple of 64 tokens, of which 64 or more are faster; a cache that
-        is not paged may have any length that is a multiple of 8.
+        is not paged may have any length that is a multiple of 8. 'triton' takes all pages, on GPUs
+        from compute capability 8.0 on.
 
     Returns:
       [batch, heads, head_dim] in the dtype of q.

@@ -12,7 +12,8 @@ import numpy as np
 
 from qjax_kernels import target
 from qjax_kernels.decode_attention.blocks import blocks
-from qjax_kernels.decode_attention.config import Config, candidates
+from qjax_kernels.decode_attention.choice import choose
+from qjax_kernels.decode_attention.config import Config
 from qjax_kernels.decode_attention.operands import Operands
 from qjax_kernels.decode_attention.persistent import persistent
 from qjax_kernels.decode_attention.problem import Inputs, Problem
@@ -40,7 +41,7 @@ def decode_attention(
     """See `api.decode_attention`; scales are [1] or [kv_heads] here.
 
     Args:
-      config: None: the first of `candidates`.
+      config: None: that of the tuned table, or the first of `candidates`.
       interpret: run in Mosaic GPU's interpreter, on any machine.
 
     Raises:
@@ -53,8 +54,7 @@ def decode_attention(
     pages = 1 if block_table is None else block_table.shape[1]
     if config is None:
         shape = (batch, kv_heads, heads // kv_heads, head_dim, page_size, pages)
-        found = candidates(*shape, np.dtype(k_pages.dtype), cores)
-        config = found[0] if found else Config()
+        config = choose(*shape, np.dtype(k_pages.dtype), cores)
     if not config.fits(page_size, pages):
         raise NotImplementedError(
             f"steps of {config.tokens} tokens and pages of {page_size}: a page must have 8, 16, 32 "

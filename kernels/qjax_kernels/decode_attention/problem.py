@@ -72,8 +72,8 @@ class Inputs:
 @dataclasses.dataclass(frozen=True)
 class Buffers:
     """Shared memory, each with a leading axis of warpgroups: slots of keys and of values with a
-    barrier each, the queries of a KV head as they are and as an operand, softmax weights, what warps
-    reduced, slopes of ALiBi."""
+    barrier each, the queries of a KV head as they are and as an operand, softmax weights, what
+    warps reduced, slopes of ALiBi."""
 
     keys: Ref
     values: Ref

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from qjax_kernels.dispatch import dispatch
-from qjax_kernels.scaled_gemm import mosaic, xla
+from qjax_kernels.scaled_gemm import choice, mosaic, triton, xla
 from qjax_kernels.scaled_gemm.config import BLOCK, blocks_of
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "mosaic": mosaic.scaled_gemm,
+    "triton": triton.scaled_gemm,
     "xla": xla.scaled_gemm,
 }
 
@@ -43,7 +44,8 @@ def scaled_gemm(
       out_dtype: of the result.
       bias: [out], floating point, or None.
       residual: [..., out], floating point, or None.
-      implementation: a name of IMPLEMENTATIONS; None: the first that takes the call.
+      implementation: a name of IMPLEMENTATIONS; None: the first that takes the call, but XLA where
+        the tuned table has it faster.
 
     Returns:
       [..., out]; int8 sums are exact (int32), fp8 sums are float32. Scales, bias and residual are
@@ -79,4 +81,7 @@ def scaled_gemm(
         out_dtype,
         bias,
         residual,
+        passed_over=choice.passed_over(
+            x.size // max(features, 1), out, features, x.dtype, blocks_of(x_scale, scale, values)
+        ),
     )

@@ -18,10 +18,11 @@ class Config:
       warpgroups: that compute, each 64 rows of a tile; one more warpgroup loads.
       columns: of a tile; a multiple of 8 up to 256.
       stages: of the ring of shared memory between the loads and the products.
-      k_tile: k of a stage; 128, 256 or 512 (or 32 or 64 if K is no multiple of 128).
+      k_tile: k of a stage; 128, 256 or 512 (or 32 or 64 if K is no multiple of 128); half of
+        that for operands of 16 bits.
       splits: blocks of a cluster that share K: each sums a part of it.
       multicast: blocks of a cluster that lie along the rows and load the column operand together.
-      store: columns that are staged at a time on the way out.
+      store: columns of the product that are staged at a time on the way out.
       promote: fp8 only: k tiles after which the tensor cores' sums are added up in float32
         registers (Hopper's fp8 products keep about 14 bits); 0: never.
       snake: width in tiles of the bands in which the tiles are visited, for the L2 cache.

@@ -1,4 +1,4 @@
-"""From a tile's sums to the result: scales, bias, residual, rounding, and out."""
+"""From a tile's sums to the result: scales, bias, activation, residual, rounding, and out."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qjax_kernels.gate import gated as apply_gate
+from qjax_kernels.scaled_gemm import gated
 from qjax_kernels.scaled_gemm.config import BLOCK
 from qjax_kernels.scaled_gemm.exchange import collect, publish
 from qjax_kernels.scaled_gemm.tiling import Tiling
@@ -20,7 +22,7 @@ def fetch(
     """Start the copies of what a warpgroup's rows of a tile need at their end.
 
     Returns:
-      The scales that are single numbers, 'x' and 'w'.
+      The scales that are single numbers: 'x' and 'w', and 'out', one over the result's.
     """
     c = t.config
     rows, columns = pl.ds(row, 64), pl.ds(column, c.columns)
@@ -37,6 +39,8 @@ def fetch(
                 _copy(refs, group, ref.at[source], refs.scales.at[group, target])
             else:
                 scalars[name] = ref[0]
+    if t.requantized:
+        scalars["out"] = 1 / refs.out_scale[0]
     if t.bias is not None:
         size = 64 if c.swap else c.columns
         _copy(refs, group, refs.bias_in.at[outputs], refs.bias.at[group, pl.ds(0, size)])
@@ -110,6 +114,8 @@ def _owned_from(t: Tiling) -> jax.Array:
 
 def _factors(t: Tiling, refs: SimpleNamespace) -> list[tuple[str, Any, bool, str]]:
     """Name, array, whether it is a vector, and side of each scale."""
+    if not t.scaled:
+        return []
     tokens, outputs = ("columns", "rows") if t.config.swap else ("rows", "columns")
     return [
         ("x", refs.x_scale, t.token_scales, tokens),
@@ -123,8 +129,11 @@ def _copy(refs: SimpleNamespace, group: jax.Array, source: Any, target: Any) -> 
 
 def _out(t: Tiling, ref: Any, row: jax.Array, column: jax.Array, part: int) -> Any:
     """The piece of the result (or the residual) that is staged as number `part`."""
-    rows, columns = pl.ds(row, 64), pl.ds(column + part * t.staged, t.staged)
-    return ref.at[columns, rows] if t.config.swap else ref.at[rows, columns]
+    column = column + part * t.staged
+    token, output = (column, row) if t.config.swap else (row, column)
+    if t.activation:
+        output = pl.multiple_of(lax.div(output, jnp.int32(2)), t.staging[1])
+    return ref.at[pl.ds(token, t.staging[0]), pl.ds(output, t.staging[1])]
 
 
 def _fetch_residual(
@@ -157,9 +166,18 @@ def _write(
         if t.residual:
             plgpu.barrier_wait(refs.residual.at[group * t.slots + slot])
             y = y + _load(t, refs.staging.at[group, slot]).astype(jnp.float32)
+        elif part == 0 and parts % t.slots:
+            # The last copy of the tile before this one read the same buffer.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         else:
             plgpu.wait_smem_to_gmem(t.slots - 1, wait_read_only=True)
-        _store(t, refs.staging.at[group, slot], y.astype(t.out_dtype))
+        if t.activation:
+            y = apply_gate(y, t.activation, rows=t.config.swap, interpret=t.interpret)
+            if t.requantized:
+                y = gated.in_range(t, y * scalars["out"])
+            gated.store(t, refs.staging.at[group, slot], y.astype(t.out_dtype))
+        else:
+            _store(t, refs.staging.at[group, slot], y.astype(t.out_dtype))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
             refs.staging.at[group, slot], _out(t, refs.out, row, column + start, part)

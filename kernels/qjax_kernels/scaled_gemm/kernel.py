@@ -28,10 +28,11 @@ def build(t: Tiling) -> Callable[[dict[str, Any]], jax.Array]:
             named = dict(zip(names, refs, strict=False))
             _block(t, SimpleNamespace(**named, out=refs[len(names)], **scratch))
 
-        body.__name__ = f"scaled_gemm_{jnp.dtype(t.dtype).name}"
+        op = "gemm_swiglu" if t.activation else "scaled_gemm" if t.scaled else "plain_gemm"
+        body.__name__ = f"{op}_{jnp.dtype(t.dtype).name}"
         kernel = plgpu.kernel(
             body,
-            out_type=jax.ShapeDtypeStruct((t.m, t.n), t.out_dtype),
+            out_type=jax.ShapeDtypeStruct((t.m, t.outputs), t.out_dtype),
             scratch_types=memory.scratch(t),
             grid=(t.clusters,),
             grid_names=("clusters",),

@@ -68,6 +68,7 @@ def shared_memory(t: Tiling) -> int:
 def refusal(t: Tiling) -> str | None:
     """Why no kernel has this tiling; None if one has."""
     c = t.config
+    line = BLOCK // t.operand_bytes  # numbers of K in 128 bytes
     granule = 8 * c.multicast if c.multicast > 1 else 8
     if c.columns % granule or c.columns > 256:
         return f"{c.columns} columns are no multiple of {granule} up to 256"
@@ -79,12 +80,14 @@ def refusal(t: Tiling) -> str | None:
         return f"K = {t.k} has fewer than {c.splits} tiles of {c.k_tile}"
     if not 2 <= c.stages <= 32:
         return f"{c.stages} stages are not between 2 and 32"
-    if t.k % min(c.k_tile, BLOCK) or c.k_tile % min(c.k_tile, BLOCK):
-        return f"K = {t.k} is no multiple of {min(c.k_tile, BLOCK)}"
+    if t.k % min(c.k_tile, line) or c.k_tile % min(c.k_tile, line):
+        return f"K = {t.k} is no multiple of {min(c.k_tile, line)}"
     if t.blocked and c.k_tile != BLOCK:
         return f"scales for blocks need a k_tile of {BLOCK}"
     if t.blocked and not c.swap and BLOCK % c.columns:
         return f"a tile of {c.columns} columns has several scales for blocks"
+    if t.activation and not c.swap and t.staged % 16:
+        return f"{t.staged} columns at a time are no pairs of 8 gates and 8 ups"
     if (need := shared_memory(t)) > SHARED_MEMORY:
         return f"the tiles need {need} bytes of shared memory, of {SHARED_MEMORY}"
     return None
@@ -93,7 +96,7 @@ def refusal(t: Tiling) -> str | None:
 def _ring(t: Tiling) -> list[Any]:
     """The stages: row operand, column operand, and the scales of the tokens if for blocks."""
     c = t.config
-    wide = _transforms(c.k_tile, 8)
+    wide = _transforms(c.k_tile, 8 * t.operand_bytes)
     found = [
         plgpu.SMEM((c.stages, c.rows, c.k_tile), t.dtype, transforms=wide),
         plgpu.SMEM((c.stages, c.columns, c.k_tile), t.dtype, transforms=wide),

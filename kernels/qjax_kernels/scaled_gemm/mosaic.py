@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax_kernels.scaled_gemm import choice
 from qjax_kernels.scaled_gemm.config import BLOCK, Config, blocks_of
 from qjax_kernels.target import require_hopper
 
 _DTYPES = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
-_FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
-_INTERPRETED_CORES = 4  # so few that blocks have several tiles
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+INTERPRETED_CORES = 4  # so few that blocks have several tiles
 
 
 def scaled_gemm(
@@ -34,23 +35,22 @@ def scaled_gemm(
     (arXiv:2412.19437, section 3.3.2); `Config.promote` adds them up in float32 every so often.
 
     Args:
-      config: the tiles; None: the best guess for the shape.
+      config: the tiles; None: those of the tuned table, or the best guess for the shape.
       interpret: run in Mosaic GPU's interpreter, on any machine.
 
     Raises:
       NotImplementedError: no Hopper GPU, or what the kernel cannot take.
     """
-    cores = _INTERPRETED_CORES if interpret else require_hopper().cores
+    cores = INTERPRETED_CORES if interpret else require_hopper().cores
     # Mosaic takes half as long to import as all of JAX: only machines that use it do.
     from qjax_kernels.scaled_gemm.memory import refusal
-    from qjax_kernels.scaled_gemm.plan import candidates
     from qjax_kernels.scaled_gemm.tiling import Tiling
 
     blocked = blocks_of(x_scale, scale, values)
     _check(x, x_scale, values, scale, out_dtype, bias, residual, blocked)
     m, (n, k) = x.size // x.shape[-1], values.shape
     if config is None:
-        config = candidates(
+        config = choice.choose(
             m,
             n,
             k,
@@ -60,7 +60,7 @@ def scaled_gemm(
             residual=residual is not None,
             bias=bias is not None,
             cores=cores,
-        )[0]
+        )
     tiling = Tiling(
         m=m,
         n=n,
@@ -78,7 +78,7 @@ def scaled_gemm(
     )
     if reason := refusal(tiling):
         raise NotImplementedError(reason)
-    return _run(x, x_scale, values, scale, bias, residual, tiling=tiling)
+    return run(x, x_scale, values, scale, bias, residual, tiling=tiling)
 
 
 def _check(
@@ -94,7 +94,7 @@ def _check(
     n, k = values.shape
     if x.dtype not in _DTYPES:
         raise NotImplementedError(f"it takes int8, e4m3 and e5m2, not {x.dtype}")
-    if out_dtype not in _FLOATS:
+    if out_dtype not in FLOATS:
         raise NotImplementedError(f"it writes bfloat16, float16 and float32, not {out_dtype}")
     if n % 8 or k % 32:
         raise NotImplementedError(f"N = {n} is no multiple of 8, or K = {k} of 32")
@@ -106,23 +106,25 @@ def _check(
         raise NotImplementedError(f"it takes one scale or one for each row, not {x_scale.shape}")
     if blocked and k > 256 * BLOCK:
         raise NotImplementedError(f"K = {k} has more than 256 scales of blocks")
-    if bias is not None and bias.dtype not in _FLOATS:
+    if bias is not None and bias.dtype not in FLOATS:
         raise NotImplementedError(f"the bias is {bias.dtype}")
     if residual is not None and residual.dtype != out_dtype:
         raise NotImplementedError(f"the residual is {residual.dtype}, the result {out_dtype}")
 
 
 @partial(jax.jit, static_argnames="tiling")
-def _run(
+def run(
     x: jax.Array,
-    x_scale: jax.Array,
+    x_scale: jax.Array | None,
     values: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
+    scale: jax.Array | None,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    out_scale: jax.Array | None = None,
     *,
     tiling: Any,
 ) -> jax.Array:
+    """The call that a `Tiling` describes. Other ops use it too."""
     from qjax_kernels.scaled_gemm import kernel
 
     t = tiling
@@ -132,7 +134,9 @@ def _run(
         # Swizzled copies move whole tiles of 8 rows (or one that is cut off).
         x = jnp.pad(x, ((0, -t.m % 8), (0, 0)))
     operands = {"a": values, "b": x} if t.config.swap else {"a": x, "b": values}
-    if t.blocked:
+    if x_scale is None or scale is None:
+        pass
+    elif t.blocked:
         operands["x_scale"] = _padded(x_scale.reshape(t.m, -1).T)
         operands["w_scale"] = _padded(scale)
     else:
@@ -142,7 +146,9 @@ def _run(
         operands["bias_in"] = bias
     if residual is not None:
         operands["residual_in"] = residual.reshape(t.m, t.n)
-    return kernel.build(t)(operands).reshape(*shape, t.n)
+    if out_scale is not None:
+        operands["out_scale"] = out_scale.reshape(1)
+    return kernel.build(t)(operands).reshape(*shape, t.outputs)
 
 
 def _padded(scales: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ _START = 2.0e-6  # launch, first loads, last stores
 _MEETING = 1.0e-6  # exchange of sums in a cluster
 _TILE = 1.0e-6  # end of a tile of 256 columns, which the next one's products wait for
 _TRANSPOSED = 1.3  # the same where the result is transposed on the way
+_GATE = 0.45e-6  # an activation of 64 x 256 sums, likewise
 _COUPLING = 0.01  # of the time, lost for each doubling of the cluster
 
 
@@ -40,6 +41,7 @@ def candidates(
     blocked: bool = False,
     bias: bool = False,
     residual: bool = False,
+    activation: str | None = None,
     cores: int = 132,
 ) -> list[Config]:
     """At most 6 configurations for x [m, k] and weights [n, k], best guess first.
@@ -49,13 +51,14 @@ def candidates(
       out_dtype: of the result.
       blocked: whether there are scales for blocks of 128.
       bias, residual: whether there is one; each takes shared memory.
+      activation: of gates and ups, the rows of the weight, or None.
       cores: multiprocessors.
 
     Raises:
       NotImplementedError: no configuration takes the call.
     """
     dtypes = jnp.dtype(dtype), jnp.dtype(out_dtype)
-    return list(_ranked(m, n, k, *dtypes, blocked, bias, residual, cores))
+    return list(_ranked(m, n, k, *dtypes, blocked, bias, residual, activation, cores))
 
 
 @functools.cache
@@ -68,10 +71,17 @@ def _ranked(
     blocked: bool,
     bias: bool,
     residual: bool,
+    activation: str | None,
     cores: int,
 ) -> list[Config]:
     found: dict[tuple, tuple[float, Config]] = {}
-    for config in _structures(m, n, k, blocked):
+    for config in _structures(m, n, k, dtype.itemsize, blocked):
+        if activation is not None:
+            # Clusters of 4 were slow wherever they were measured, those of few tokens useless.
+            if config.cluster > (1 if m <= 64 else 2):
+                continue
+            # Half as many columns leave.
+            config = dataclasses.replace(config, store=config.store * (2 - config.swap))
         tiling = _deepest(
             Tiling(
                 m=m,
@@ -83,6 +93,7 @@ def _ranked(
                 blocked=blocked,
                 bias=jnp.dtype(jnp.float32) if bias else None,
                 residual=residual,
+                activation=activation,
                 cores=cores,
             )
         )
@@ -90,7 +101,9 @@ def _ranked(
         # time that a check was given: they are not chosen, only taken when they are asked for.
         if tiling is None or (config.splits > 1 and not tiling.once):
             continue
-        key = (config.swap, config.warpgroups, config.splits, config.multicast)
+        key: tuple = (config.swap, config.warpgroups, config.splits, config.multicast)
+        if activation is not None:
+            key = (*key, config.columns)
         guess = seconds(tiling)
         if key not in found or guess < found[key][0]:
             found[key] = guess, tiling.config
@@ -98,7 +111,9 @@ def _ranked(
         raise NotImplementedError(f"no tiles fit M = {m}, N = {n}, K = {k}")
     ranked = sorted(found.values(), key=lambda pair: pair[0])
     near = [config for guess, config in ranked if guess <= _WORST * ranked[0][0]]
-    return _with_variants(near, m)[:_MOST]
+    if activation is not None and m <= 64:
+        return _with_longer_stages(near)[:_MOST]
+    return _with_variants(near, m, dtype.itemsize)[:_MOST]
 
 
 def seconds(t: Tiling) -> float:
@@ -106,26 +121,29 @@ def seconds(t: Tiling) -> float:
     c = t.config
     waves = -(-t.tiles // resident_clusters(t.cores, c.cluster))
     blocks = t.tiles * c.cluster
-    k = -(-t.steps // c.splits) * c.k_tile
-    # A warpgroup's product of 64 x columns x 32 takes columns / 2 clocks.
+    k = -(-t.steps // c.splits) * c.k_tile * t.operand_bytes
+    # A warpgroup's product of 64 x columns x 32 bytes takes columns / 2 clocks.
     clocks = k / BLOCK * max(_STEP, c.warpgroups * 2 * max(c.columns, 16))
     if t.chunk:  # what is added up outside the tensor cores, 128 lanes at a time
         clocks += k / BLOCK / t.chunk * c.columns * c.rows / 128
     products = waves * clocks / _CLOCK
     ingest = waves * k * (c.rows + c.columns) / _INGEST / _CLOCK
     cache = blocks * k * (c.rows + c.columns / c.multicast) / _L2
-    result = jnp.dtype(t.out_dtype).itemsize * t.m * t.n
-    memory = (t.n * t.k + t.m * t.k + result * (1 + t.residual)) / _BANDWIDTH
+    result = jnp.dtype(t.out_dtype).itemsize * t.m * t.outputs
+    operands = (t.n * t.k + t.m * t.k) * t.operand_bytes
+    memory = (operands + result * (1 + t.residual)) / _BANDWIDTH
     # Too few multiprocessors cannot have enough bytes under way.
     memory *= max(1.0, 0.5 * t.cores / min(t.cores, blocks))
     end = _TILE * c.columns / 256 * (_TRANSPOSED if c.swap else 1)
+    if t.activation:
+        end += _GATE * c.warpgroups * c.columns / 256
     fixed = _START + waves * end + (_MEETING if c.splits > 1 else 0)
     return max(products, ingest, cache, memory) * (1 + _COUPLING * math.log2(c.cluster)) + fixed
 
 
-def _structures(m: int, n: int, k: int, blocked: bool) -> Iterator[Config]:
-    """Everything worth a thought, with two stages."""
-    tile = next((size for size in (BLOCK, 64, 32) if k % size == 0), 32)
+def _structures(m: int, n: int, k: int, width: int, blocked: bool) -> Iterator[Config]:
+    """Everything worth a thought, with two stages. Width is of a number of an operand, in bytes."""
+    tile = next((size for size in (BLOCK, 64, 32) if k * width % size == 0), 32) // width
     widths = {next(columns for columns in _COLUMNS if columns >= min(m, 256))}
     if m > 128:
         widths |= set(_WIDE)
@@ -170,12 +188,23 @@ def _deepest(t: Tiling) -> Tiling | None:
     return with_stages(2 + more)
 
 
-def _with_variants(ranked: list[Config], m: int) -> list[Config]:
+def _with_longer_stages(ranked: list[Config]) -> list[Config]:
+    """Each, followed by itself with half as many stages of twice the size."""
+    return [
+        dataclasses.replace(config, k_tile=times * config.k_tile, stages=config.stages // times)
+        for config in ranked
+        for times in (1, 2)
+        if config.stages >= 3 * times
+    ]
+
+
+def _with_variants(ranked: list[Config], m: int, width: int) -> list[Config]:
     """Beside the best: narrow stages joined to wider ones; other walks through many tiles."""
     best, *others = ranked
-    if best.k_tile == BLOCK and best.stages >= 16:
+    tile = BLOCK // width
+    if best.k_tile == tile and best.stages >= 16:
         double, quadruple = (
-            dataclasses.replace(best, k_tile=times * BLOCK, stages=best.stages // times)
+            dataclasses.replace(best, k_tile=times * tile, stages=best.stages // times)
             for times in (2, 4)
         )
         return [double, best, quadruple, *others]

@@ -15,18 +15,21 @@ _SPARE_REGISTERS = 30  # of a thread, beside the sums
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """A product [m, k] x [n, k] -> [m, n] and how it is cut.
+    """A product [m, k] x [n, k] -> [m, n], or [m, n/2] with an activation, and how it is cut.
 
     Attributes:
       m, n, k: sizes.
       config: tiles.
-      dtype: of both operands.
+      dtype: of both operands; those of 16 bits have no scales.
       out_dtype: of the result and of the residual.
       token_scales: x has a scale for each row, not one in all.
       output_scales: the weight has a scale for each output, not one in all.
       blocked: there are scales for blocks of 128 k on both sides instead.
       bias: its dtype, or None.
       residual: whether one is added.
+      activation: 'silu', 'gelu' or 'gelu_tanh': rows of the weight are gates and ups, 8 and 8 in
+        turn, and the result is activation(gate) * up; None: the product itself.
+      requantized: the result is divided by one scale and rounded to out_dtype, int8 or e4m3.
       cores: multiprocessors of the GPU.
       interpret: whether the kernel runs in the interpreter.
     """
@@ -42,8 +45,25 @@ class Tiling:
     blocked: bool = False
     bias: Any = None
     residual: bool = False
+    activation: str | None = None
+    requantized: bool = False
     cores: int = 132
     interpret: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the result."""
+        return self.n // 2 if self.activation else self.n
+
+    @property
+    def scaled(self) -> bool:
+        """The operands are numbers to be scaled."""
+        return self.operand_bytes == 1
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of a number of an operand."""
+        return int(jnp.dtype(self.dtype).itemsize)
 
     @property
     def row_size(self) -> int:
@@ -177,7 +197,8 @@ class Tiling:
     @property
     def staging(self) -> tuple[int, int]:
         """Shape of a staging buffer, as the result lies in memory."""
-        return (self.staged, 64) if self.config.swap else (64, self.staged)
+        halves = 2 if self.activation else 1
+        return (self.staged, 64 // halves) if self.config.swap else (64, self.staged // halves)
 
     @property
     def swizzled(self) -> bool:
@@ -187,8 +208,10 @@ class Tiling:
         that ends with a tile can be clipped. Copies of plain memory are clipped anywhere.
         """
         size = jnp.dtype(self.out_dtype).itemsize
+        if self.activation and self.config.swap and size != 2:
+            return False  # written a number at a time
         swizzle = math.gcd(self.staging[1] * size, 128)
-        clipped = (self.m % 8 and self.m > 8) or self.n * size % swizzle
+        clipped = (self.m % 8 and self.m > 8) or self.outputs * size % swizzle
         return swizzle >= 32 and not clipped
 
 

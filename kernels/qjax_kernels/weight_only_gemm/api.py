@@ -1,4 +1,4 @@
-"""y = x @ dequantize(w).T for weights in int4, int8 or fp8 and activations in their own type."""
+"""y = x @ dequantize(w).T for weights in int4, int8, fp8 or fp4, and activations as they are."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from qjax_kernels.dispatch import dispatch
+from qjax_kernels.gemm_swiglu.layout import BLOCK
+from qjax_kernels.glu_quant.xla import ACTIVATIONS
 from qjax_kernels.weight_only_gemm import mosaic, xla
-from qjax_kernels.weight_only_gemm.fp8 import Fp8 as Fp8
-from qjax_kernels.weight_only_gemm.fp8 import describe as describe
 from qjax_kernels.weight_only_gemm.layout import Prepared
 from qjax_kernels.weight_only_gemm.layout import prepare as prepare
 from qjax_kernels.weight_only_gemm.layout import unprepare as unprepare
@@ -67,19 +67,26 @@ def prepared_gemm(
     x: jax.Array,
     weight: Prepared,
     bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
     *,
     out_dtype: jnp.dtype,
+    activation: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`weight_only_gemm` with a weight that `prepare` has repacked, and a bias.
+    """`weight_only_gemm` with a weight that `prepare` has repacked, a bias and a residual.
 
-    y[..., n] = bias[n] + sum_k x[..., k] * (values[n, k] - zero_point[n, k/bk]) * scale[n, k/bk]
+    y[..., n] = sum_k x[..., k] * (values[n, k] - zero_point[n, k/bk]) * scale[n, k/bk] * factor
+                + bias[n] + residual[..., n]
 
     Args:
       x: [..., in], bfloat16 or float16 (any float for 'xla').
       weight: [out, in], prepared.
       bias: [out], or None.
+      residual: [..., out], of out_dtype (any float for 'xla'), or None.
       out_dtype: of the result.
+      activation: 'silu', 'gelu' or 'gelu_tanh' of a gated unit whose weights are `interleave`d (see
+        `gemm_swiglu`): the result is activation(gate) * up [..., out / 2]; or None. Not together
+        with a residual.
       implementation: a name of PREPARED_IMPLEMENTATIONS; None: the first that takes the call.
 
     Returns:
@@ -88,8 +95,7 @@ def prepared_gemm(
     """
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x is {x.shape}, the weight {weight.shape}: their last axes must agree")
-    if bias is not None and bias.shape != (weight.out_features,):
-        raise ValueError(f"bias is {bias.shape}; it must be ({weight.out_features},)")
+    _check_added(x, weight, bias, residual, activation)
     return dispatch(
         "prepared_gemm",
         PREPARED_IMPLEMENTATIONS,
@@ -97,8 +103,34 @@ def prepared_gemm(
         x,
         weight,
         bias,
+        residual,
+        activation=activation,
         out_dtype=out_dtype,
     )
+
+
+def _check_added(
+    x: jax.Array,
+    weight: Prepared,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    activation: str | None,
+) -> None:
+    if activation is not None:
+        if activation not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation is {activation!r}; choose one of: {names}, or None")
+        if residual is not None or weight.out_features % (2 * BLOCK):
+            raise ValueError(
+                "an activation takes no residual, and a weight of gates and ups, "
+                f"{BLOCK} and {BLOCK} in turn, not one of {weight.out_features} out features"
+            )
+    for name, array, shape in (
+        ("bias", bias, (weight.out_features,)),
+        ("residual", residual, (*x.shape[:-1], weight.out_features)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} is {array.shape}; it must be {shape}")
 
 
 def w4a8_gemm(
@@ -106,22 +138,27 @@ def w4a8_gemm(
     x_scale: jax.Array,
     weight: Prepared,
     bias: jax.Array | None = None,
-    described: Fp8 | None = None,
+    residual: jax.Array | None = None,
     *,
     out_dtype: jnp.dtype,
+    activation: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Product of fp8 activations with int4 weights.
 
-    y[..., n] = bias[n] + x_scale[...] * sum_k x[..., k] * values[n, k] * scale[n, k/bk]
+    y[..., n] = x_scale[...] * sum_k x[..., k] * values[n, k] * scale[n, k/bk]
+                + bias[n] + residual[..., n]
 
     Args:
       x: [..., in], float8_e4m3fn.
       x_scale: float32, [] for all of x or [..., 1], one for each row.
       weight: [out, in], `prepare`d with operand='float8_e4m3fn'.
       bias: [out], or None.
-      described: what `describe(x, x_scale, weight)` returns, if it is there already.
+      residual: [..., out], of out_dtype (any float for 'xla'), or None.
       out_dtype: of the result.
+      activation: 'silu', 'gelu' or 'gelu_tanh' of a gated unit whose weights are `interleave`d (see
+        `gemm_swiglu`): the result is activation(gate) * up [..., out / 2]; or None. Not together
+        with a residual.
       implementation: a name of W4A8_IMPLEMENTATIONS; None: the first that takes the call.
 
     Returns:
@@ -133,6 +170,7 @@ def w4a8_gemm(
             f"x is {x.dtype}{x.shape}, the weight {weight.shape} for {weight.operand}: their last "
             "axes must agree, and it must be prepared with operand='float8_e4m3fn'"
         )
+    _check_added(x, weight, bias, residual, activation)
     return dispatch(
         "w4a8_gemm",
         W4A8_IMPLEMENTATIONS,
@@ -141,6 +179,7 @@ def w4a8_gemm(
         x_scale,
         weight,
         bias,
-        described,
+        residual,
+        activation=activation,
         out_dtype=out_dtype,
     )

@@ -53,9 +53,10 @@ def fp8_candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[C
     """`candidates` for activations in fp8 and weights prepared for them."""
     stream = [c for c in _stream(tokens, weight, cores) if c.tiles % 2 == 0]
     tiled = [
-        Config(kernel="tiled", tokens=tile, warpgroups=2, tiles=2, stages=stages, cluster=cluster)
-        for tile, stages, cluster in ((128, 6, 1), (128, 6, 2), (64, 8, 1))
+        Config(kernel="tiled", tokens=tokens, warpgroups=2, tiles=t, stages=s, cluster=cluster)
+        for tokens, t, s, cluster in ((128, 6, 2, 2), (128, 4, 3, 1), (128, 2, 6, 1), (64, 4, 5, 1))
     ]
+    tiled = [c for c in tiled if tiled_fits(c, weight, 8)]
     return (stream + tiled)[:6] if tokens <= 64 else tiled
 
 
@@ -104,7 +105,14 @@ def _tiled(tokens: int, weight: Prepared) -> list[Config]:
 
     wide, square = [tiled(256, 2, 2), tiled(256, 2)], [tiled(128, 4), tiled(128, 4, 2)]
     order = [*square, tiled(64, 6), *wide] if tokens <= 512 else [*wide, *square]
-    return [c for c in order if tiled_shared_memory(c, weight) <= SHARED_MEMORY]
+    return [c for c in order if tiled_fits(c, weight)]
+
+
+def tiled_fits(config: Config, weight: Prepared, bits: int = 16) -> bool:
+    """Whether a tile has the memory, and each step begins with a group or within one."""
+    width, group = config.tiles * 64, weight.group_size
+    begins = weight.groups == 1 or width % group == 0 or group % width == 0
+    return begins and tiled_shared_memory(config, weight, bits) <= SHARED_MEMORY
 
 
 def stream_shared_memory(config: Config, weight: Prepared) -> int:
@@ -116,19 +124,26 @@ def stream_shared_memory(config: Config, weight: Prepared) -> int:
         groups = _groups_per_warpgroup(config, weight)
         per_group += 64 * 2
     sums = 64 * config.tokens * 4
-    output = config.tokens * 64 * 4
-    return config.warpgroups * (config.stages * stage + groups * per_group + sums) + output + 1024
+    of_warpgroups = config.warpgroups * (config.stages * stage + groups * per_group + sums)
+    return of_warpgroups + sums + epilogue_shared_memory(config.tokens, 1, itemsize=4)
 
 
-def tiled_shared_memory(config: Config, weight: Prepared) -> int:
-    """Bytes, as `tiled` allocates them."""
+def tiled_shared_memory(config: Config, weight: Prepared, bits: int = 16) -> int:
+    """Bytes, as `walk` allocates them, for activations of some bits."""
     words = config.warpgroups * 64 * 64 * BITS[weight.format] // 8
-    stage = config.tiles * (words + config.tokens * 64 * 2)
+    stage = config.tiles * (words + config.tokens * 8 * bits)
     if weight.groups > 1:
         groups = max(1, config.tiles * 64 // weight.group_size)
         numbers = weight.scale.dtype.itemsize + 2 * (weight.zero_point is not None)
         stage += config.warpgroups * groups * 64 * numbers
-    return config.stages * stage + config.warpgroups * 2 * 64 * 64 * 2 + 1024
+    return config.stages * stage + epilogue_shared_memory(config.tokens, config.warpgroups)
+
+
+def epilogue_shared_memory(tokens: int, warpgroups: int, itemsize: int = 2) -> int:
+    """Bytes that `epilogue.scratch` takes, and the barriers."""
+    piece = piece_of(tokens)
+    slots = min(2, tokens // piece)
+    return warpgroups * (slots * piece * 64 * itemsize + tokens * 4) + 2048
 
 
 def stream_steps(config: Config, weight: Prepared) -> int:
@@ -139,3 +154,8 @@ def stream_steps(config: Config, weight: Prepared) -> int:
 def _groups_per_warpgroup(config: Config, weight: Prepared) -> int:
     columns = stream_steps(config, weight) * config.tiles * 64
     return -(-columns // weight.group_size)
+
+
+def piece_of(tokens: int) -> int:
+    """Tokens of a tile that leave at a time."""
+    return next(piece for piece in (32, 16, 8) if tokens % piece == 0)

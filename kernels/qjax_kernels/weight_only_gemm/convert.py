@@ -2,7 +2,7 @@
 
 An integer is put into the mantissa of a power of two, by one `lop3`, and the power is subtracted,
 which is exact. An fp8 number is moved to the exponent and mantissa of the wider type and multiplied
-by the difference of their biases, which is exact too.
+by the difference of their biases, which is exact too. So is an fp4 number.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from qjax_kernels.weight_only_gemm.layout import BITS, LANES, TILE, unpack, words_per_tile
+from qjax_kernels.weight_only_gemm.layout import (
+    LANES,
+    REST,
+    SIGNS,
+    TILE,
+    unpack,
+    words_per_tile,
+)
 
 L = plgpu.Layout
 MMA = L.WGMMA
@@ -34,6 +41,8 @@ _FP8 = {
     ("float8_e4m3fn", "float16"): (1, 0x3F803F80, 0x5C005C00),  # 2**8
     ("float8_e5m2", "float16"): (0, 0x7F007F00, None),
 }
+# type -> place of the lowest of an fp4 number's three bits beside the sign, and factor (twice).
+_FP4 = {"bfloat16": (6, 0x7E807E80), "float16": (9, 0x74007400)}  # 2**126, 2**14
 
 
 def strided(rows: int) -> Any:
@@ -99,10 +108,10 @@ def to_registers(
 
 
 def to_fp8(words: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """Words of int4 weights -> (w + 8) / 512 in e4m3, exactly: three instructions for 8 weights.
+    """Words of int4 weights -> w / 512 in e4m3, exactly: nine instructions for 8 weights.
 
-    The codes 0 to 15 of e4m3 are its numbers 0 to 15 times 2^-9, through the subnormals into the
-    first normal ones, so the biased nibble is the number.
+    The codes 0 to 8 of e4m3 are its numbers 0 to 8 times 2^-9, through the subnormals into the
+    first normal one. A weight below 0 is kept as 8 + |w| - 1 and becomes 0x80 + |w|.
 
     Args:
       words: int32 [4 tiles, 128] in the layout `strided`, prepared for fp8.
@@ -114,8 +123,8 @@ def to_fp8(words: jax.Array, *, interpret: bool = False) -> jax.Array:
     rows = words.shape[0]
     shape = (64, TILE * rows // words_per_tile("int4"))
     if interpret:
-        codes = unpack(words[None], "int4", "float8_e4m3fn")
-        return (codes.astype(jnp.float32) / 512).astype(jnp.float8_e4m3fn)
+        values = unpack(words[None], "int4", "float8_e4m3fn")
+        return (values.astype(jnp.float32) / 512).astype(jnp.float8_e4m3fn)
 
     @plgpu.inline_mgpu(
         arg_types=(strided(rows),),
@@ -134,6 +143,9 @@ def to_fp8(words: jax.Array, *, interpret: bool = False) -> jax.Array:
         for index, word in enumerate(flat):
             for half in range(2):
                 code = _asm("and.b32 $0, $1, $2;", _shifted(word, 4 * half), 0x0F0F0F0F)
+                below_0 = _asm("and.b32 $0, $1, $2;", _shifted(word, 4 * half + 3), 0x01010101)
+                # 0x81 in place of the 8.
+                code = _asm("mad.lo.u32 $0, $1, $2, $3;", below_0, 0x81 - 8, code)
                 registers[index, half] = utils.bitcast(code, four)
         return fa.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
@@ -142,7 +154,10 @@ def to_fp8(words: jax.Array, *, interpret: bool = False) -> jax.Array:
 
 def _step(words: list[ir.Value], format: str, name: str) -> list[ir.Value]:
     """The words of one thread for 16 columns -> four pairs, integers with their power still on."""
-    if BITS[format] == 4:
+    if format == "float4_e2m1fn":
+        (word,) = words
+        return [_fp4(word, i, name) for i in range(4)]
+    if format == "int4":
         (word,) = words
         magic = _MAGIC[name]
         return [_masked(_shifted(word, 4 * i), 0x000F000F, magic) for i in range(4)]
@@ -172,6 +187,23 @@ def _fp8(word: ir.Value, index: int, format: str, name: str) -> ir.Value:
     if factor is None:
         return value
     return _asm(f"mul.rn.{_SUFFIX[name]} $0, $1, $2;", value, factor)
+
+
+def _fp4(word: ir.Value, index: int, name: str) -> ir.Value:
+    """Number `index` of each half of a word, whose bits are where `layout` puts them."""
+    place, factor = _FP4[name]
+    sign, rest = 15 - SIGNS[index], place - REST[index]  # to the left
+    mask = 0x00010001 * (7 << place)
+    if sign == rest:
+        value = _asm("and.b32 $0, $1, $2;", _left(word, rest), mask | 0x80008000)
+    else:
+        value = _asm("and.b32 $0, $1, $2;", _left(word, rest), mask)
+        value = _asm("lop3.b32 $0, $1, $2, $3, 0xEA;", _left(word, sign), 0x80008000, value)
+    return _asm(f"mul.rn.{_SUFFIX[name]} $0, $1, $2;", value, factor)
+
+
+def _left(word: ir.Value, by: int) -> ir.Value:
+    return arith.shli(word, _constant(by)) if by > 0 else _shifted(word, -by)
 
 
 def _shift_and_scale(  # type: ignore[no-untyped-def]
@@ -228,12 +260,7 @@ def _constant(value: int) -> ir.Value:
 
 
 def _interpreted(words, format, dtype, zeros, scales):  # type: ignore[no-untyped-def]
-    codes = unpack(words[None], format, "float16")
-    if format == "int4":
-        values = codes.astype(jnp.float32) - 8
-    else:
-        narrow = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), jnp.dtype(format))
-        values = narrow.astype(jnp.float32)
+    values = unpack(words[None], format, "float16").astype(jnp.float32)
 
     def columns(parts):  # type: ignore[no-untyped-def]
         widths = values.shape[1] // len(parts)

@@ -8,20 +8,20 @@ and without a shuffle.
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 
 ROWS, TILE = 64, 64  # of a tile: rows, columns
 LANES = 128  # threads of a warpgroup; also words of a row of the packed array
-GROUP_SIZES = (32, 64, 128, 256)
-BITS = {"int4": 4, "int8": 8, "float8_e4m3fn": 8, "float8_e5m2": 8}
+GROUP_SIZES = (16, 32, 64, 128, 256)
+BITS = {"int4": 4, "float4_e2m1fn": 4, "int8": 8, "float8_e4m3fn": 8, "float8_e5m2": 8}
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["words", "scale", "zero_point"],
+    data_fields=["words", "scale", "zero_point", "factor"],
     meta_fields=["format", "operand", "out_features", "in_features"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,8 @@ class Prepared:
         zeros.
       scale: [out/64, groups, 64]; groups is 1 (per channel) or in/group_size.
       zero_point: like scale, in bfloat16 (exact: integers up to 256); or None.
-      format: dtype of the weights: 'int4', 'int8', 'float8_e4m3fn' or 'float8_e5m2'.
+      factor: float32 [1], of all weights, beside their scales; or None.
+      format: dtype of the weights, one of BITS.
       operand: what the tensor cores multiply: 'float16' (or bfloat16: of 16 bits), or
         'float8_e4m3fn', whose registers hold columns in another order.
       out_features, in_features: of the weight, before rounding up.
@@ -42,6 +43,7 @@ class Prepared:
     words: jax.Array
     scale: jax.Array
     zero_point: jax.Array | None
+    factor: jax.Array | None
     format: str
     operand: str
     out_features: int
@@ -72,14 +74,17 @@ def prepare(
     scale: jax.Array,
     zero_point: jax.Array | None = None,
     *,
+    factor: jax.Array | None = None,
     operand: str = "float16",
 ) -> Prepared:
     """Canonical arrays -> Prepared.
 
     Args:
-      values: [out, in], int4, int8 or fp8.
-      scale: [out/bn, in/bk], for blocks of bn x bk weights.
+      values: [out, in], int4, int8, fp8 (e4m3 or e5m2) or fp4 (e2m1).
+      scale: [out/bn, in/bk], for blocks of bn x bk weights: bfloat16 or float32, or the scales of
+        fp4 formats, e4m3 (nvfp4) and e8m0 (mxfp4), which bfloat16 holds exactly.
       zero_point: like scale, integer, in the range of values; or None.
+      factor: [] or [1], of all weights, such as nvfp4 has beside the scales; or None.
       operand: 'float16' for activations of 16 bits, 'float8_e4m3fn' for fp8 ones (int4 weights
         without zero points, groups of 128 or more).
 
@@ -101,13 +106,17 @@ def prepare(
         _check_fp8(format, operand, groups, group_size, zero_point)
     if zero_point is not None and not format.startswith("int"):
         raise NotImplementedError(f"a zero point with {format} weights")
-    padded = jnp.pad(_codes(values), ((0, -out % ROWS), (0, -features % TILE)))
+    if scale.dtype.itemsize == 1:
+        scale = scale.astype(jnp.bfloat16)
+    padded = jnp.pad(_codes(values, operand), ((0, -out % ROWS), (0, -features % TILE)))
+    words = _pack(padded, _ORDERS[operand, BITS[format]])
     return Prepared(
-        words=_pack(padded, _ORDERS[operand, BITS[format]]),
+        words=_apart(words) if format == "float4_e2m1fn" else words,
         scale=_rows_together(scale, out),
         zero_point=None
         if zero_point is None
         else _rows_together(zero_point.astype(jnp.bfloat16), out),
+        factor=None if factor is None else factor.astype(jnp.float32).reshape(1),
         format=format,
         operand=operand,
         out_features=out,
@@ -118,11 +127,7 @@ def prepare(
 def unprepare(weight: Prepared) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The inverse of `prepare`: values [out, in], scale [out, groups] and zero_point."""
     out, features = weight.shape
-    codes = unpack(weight.words, weight.format, weight.operand)[:out, :features]
-    if weight.format == "int4":
-        values = (codes.astype(jnp.int8) - 8).astype(jnp.int4)
-    else:
-        values = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), jnp.dtype(weight.format))
+    values = unpack(weight.words, weight.format, weight.operand)[:out, :features]
 
     def rows_apart(x: jax.Array) -> jax.Array:
         return x.swapaxes(1, 2).reshape(-1, weight.groups)[:out]
@@ -135,11 +140,54 @@ def unprepare(weight: Prepared) -> tuple[jax.Array, jax.Array, jax.Array | None]
     )
 
 
-def _codes(values: jax.Array) -> jax.Array:
-    """uint32 codes: int4 is biased by 8, so that a nibble becomes a mantissa; 8 bits stay."""
+def unpack(words: jax.Array, format: str, operand: str) -> jax.Array:
+    """int32 [out/64, in * bits / 64, 128] -> the weights [out, in], without scales."""
+    if format == "float4_e2m1fn":
+        words = _together(words)
+    codes = _unpack(words, _ORDERS[operand, BITS[format]])
+    if format == "int4":
+        codes = codes.astype(jnp.int8)
+        if operand == "float16":
+            return (codes - 8).astype(jnp.int4)
+        return jnp.where(codes < 8, codes, 7 - codes).astype(jnp.int4)
+    narrow = jnp.uint8 if BITS[format] == 8 else jnp.uint4
+    return jax.lax.bitcast_convert_type(codes.astype(narrow), jnp.dtype(format))
+
+
+def _codes(values: jax.Array, operand: str) -> jax.Array:
+    """uint32 codes. An int4 is biased by 8, so that it becomes a mantissa; for fp8, a negative one
+    is its sign and its absolute value less 1. Others stay as they are."""
     if values.dtype == jnp.int4:
-        return (values.astype(jnp.int32) + 8).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint32)
+        wide = values.astype(jnp.int32)
+        codes = wide + 8 if operand == "float16" else jnp.where(wide < 0, 7 - wide, wide)
+        return codes.astype(jnp.uint32)
+    narrow = jnp.uint8 if values.dtype.itemsize == 1 and BITS[values.dtype.name] == 8 else jnp.uint4
+    return jax.lax.bitcast_convert_type(values, narrow).astype(jnp.uint32)
+
+
+# Where number i of the four in half a word has its sign and its other three bits. Two of the four
+# are then an fp4 number in the place of a bfloat16's after one shift at most (see `convert`).
+SIGNS, REST = (13, 12, 15, 14), (0, 3, 6, 9)
+
+
+def _apart(words: jax.Array) -> jax.Array:
+    """Words of fp4 codes -> their signs, then the rest, in each half."""
+    bits = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    parts = [
+        ((bits >> 4 * i + 3) & 0x00010001) << SIGNS[i] | ((bits >> 4 * i) & 0x00070007) << REST[i]
+        for i in range(4)
+    ]
+    return jax.lax.bitcast_convert_type(reduce(jnp.bitwise_or, parts), jnp.int32)
+
+
+def _together(words: jax.Array) -> jax.Array:
+    """The inverse of `_apart`."""
+    bits = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    parts = [
+        ((bits >> SIGNS[i]) & 0x00010001) << 4 * i + 3 | ((bits >> REST[i]) & 0x00070007) << 4 * i
+        for i in range(4)
+    ]
+    return jax.lax.bitcast_convert_type(reduce(jnp.bitwise_or, parts), jnp.int32)
 
 
 def _rows_together(x: jax.Array, out: int) -> jax.Array:
@@ -197,9 +245,8 @@ def _pack(codes: jax.Array, order: _Order) -> jax.Array:
     return words.reshape(blocks, tiles * order.bits, LANES)
 
 
-def unpack(words: jax.Array, format: str, operand: str) -> jax.Array:
-    """int32 [out/64, in * bits / 64, 128] -> uint32 codes [out, in]; the inverse of packing."""
-    order = _ORDERS[operand, BITS[format]]
+def _unpack(words: jax.Array, order: _Order) -> jax.Array:
+    """int32 [out/64, in * bits / 64, 128] -> uint32 codes [out, in]; the inverse of `_pack`."""
     blocks, tiles = words.shape[0], words.shape[1] // order.bits
     canonical, packed = "awhg" + order.columns, order.threads + order.word
     words = jax.lax.bitcast_convert_type(words, jnp.uint32)

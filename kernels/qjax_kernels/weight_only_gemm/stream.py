@@ -14,28 +14,33 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax_kernels.hopper import load_column, load_row, swizzled
+from qjax_kernels.hopper import load_row, swizzled
+from qjax_kernels.weight_only_gemm import epilogue
 from qjax_kernels.weight_only_gemm.config import Config, stream_steps
 from qjax_kernels.weight_only_gemm.convert import MMA, strided, to_fp8, to_registers
-from qjax_kernels.weight_only_gemm.fp8 import Fp8
 from qjax_kernels.weight_only_gemm.layout import LANES, Prepared, words_per_tile
+from qjax_kernels.weight_only_gemm.operands import operands
 
 
 def stream(
     x: jax.Array,
     weight: Prepared,
+    token_scale: jax.Array | None,
     bias: jax.Array | None,
-    fp8: Fp8 | None = None,
+    residual: jax.Array | None,
     *,
+    activation: str | None,
     out_dtype: jnp.dtype,
     config: Config,
     interpret: bool = False,
 ) -> jax.Array:
-    """x [tokens, in] @ weight.T + bias -> [tokens, out rounded up to 64].
+    """x [tokens, in] @ weight.T + bias + residual -> [tokens, out rounded up to 64].
 
-    tokens is a multiple of 8, or fewer; in is padded to 64. See `api.prepared_gemm`.
+    tokens is a multiple of 8, or fewer; in is padded to 64. token_scale: [tokens] or [1], of fp8
+    activations; or None. See `api.prepared_gemm`.
     """
-    tokens = x.shape[0]
+    tokens, fp8 = x.shape[0], token_scale is not None
+    given = operands(x, weight, token_scale, bias, residual)
     tile, wgs, tiles, stages = config.tokens, config.warpgroups, config.tiles, config.stages
     steps = stream_steps(config, weight)
     width = tiles * 64  # columns of a stage
@@ -48,14 +53,11 @@ def stream(
     # What is converted at a time.
     part = min(group, width) if in_sum else min(128, width)
     groups = -(-steps * width // group)  # of a warpgroup
-    slots, copies = wgs * stages, grouped + zeros + (fp8 is not None)
+    slots, copies = wgs * stages, grouped + zeros
 
     def body(*refs, **scratch):  # type: ignore[no-untyped-def]
-        words_g, x_g, scale_g, *optional, out_g = refs
-        zero_g = optional.pop(0) if zeros else None
-        token_scale_g, token_sums_g = (optional.pop(0), optional.pop(0)) if fp8 else (None, None)
-        bias_g = optional.pop(0) if bias is not None else None
-        words_s, x_s, sums_s, out_s = (scratch[k] for k in ("words", "x", "sums", "out"))
+        of = dict(zip(given, refs, strict=False))  # in global memory
+        words_s, x_s, sums_s = (scratch[k] for k in ("words", "x", "sums"))
         full, ready, summed = (scratch[k] for k in ("full", "ready", "summed"))
         n, m, wg = (lax.axis_index(name) for name in ("rows", "tokens", "wg"))
         member = lax.axis_index("cluster")
@@ -63,21 +65,31 @@ def stream(
 
         def fetch(step, slot):  # type: ignore[no-untyped-def]
             at = first + step * width
-            source = words_g.at[n, pl.ds(at // 64 * per_tile, rows), :]
+            source = of["words"].at[n, pl.ds(at // 64 * per_tile, rows), :]
             plgpu.copy_gmem_to_smem(source, words_s.at[wg, slot], full.at[wg * stages + slot])
-            source = x_g.at[pl.ds(m * tile, tile), pl.ds(at, width)]
+            source = of["x"].at[pl.ds(m * tile, tile), pl.ds(at, width)]
             plgpu.copy_gmem_to_smem(source, x_s.at[wg, slot], full.at[wg * stages + slot])
 
-        per_group = [(scale_g, "scale")] * grouped + [(zero_g, "zero")] * zeros
-        for ref, name in per_group:
-            source = ref.at[n, pl.ds(first // group, groups), :]
+        for name in ["scale"] * grouped + ["zero"] * zeros:
+            source = of[name].at[n, pl.ds(first // group, groups), :]
             plgpu.copy_gmem_to_smem(source, scratch[name].at[wg], ready.at[wg])
-        if fp8:
-            source = token_sums_g.at[pl.ds(first // group, groups), pl.ds(m * tile, tile)]
-            target = scratch["token_sums"].at[wg, pl.ds(0, groups)]
-            plgpu.copy_gmem_to_smem(source, target, ready.at[wg])
         for step in range(min(stages, steps)):
             fetch(step, step)
+        end = epilogue.Epilogue(
+            of,
+            refs[-1],
+            scratch["staged"].at[0],
+            scratch["token_scales"].at[0] if fp8 else None,
+            scratch["copied"],
+            0,
+            tile,
+            per_channel=not grouped,
+            multiplier=512.0 if fp8 else 1.0,
+            activation=activation,
+            interpret=interpret,
+        )
+        if end.fetches:
+            pl.when((wg == 0) & (member == 0))(lambda: end.fetch(n, m * tile))
         if copies:
             plgpu.barrier_wait(ready.at[wg])
 
@@ -87,10 +99,6 @@ def stream(
             rows_of = scratch[name].at[wg]
             loaded = [load_row(rows_of.at[at + i]) for i in range(max(1, columns // group))]
             return [row.astype(x.dtype) for row in loaded]
-
-        def without_bias(y, ref):  # type: ignore[no-untyped-def]
-            """What the 8 in the weights' codes added for each token."""
-            return y - lax.broadcast_in_dim(load_column(ref), y.shape, [1])
 
         def multiply(acc, i, slot, start, columns):  # type: ignore[no-untyped-def]
             """Issue the product of some columns of a stage; it goes on while others convert."""
@@ -127,10 +135,8 @@ def stream(
             # Groups are summed apart; without groups in the sum one accumulator takes all.
             kinds = [plgpu.ACC((64, tile), jnp.float32)] * (len(starts) if in_sum else 1)
             for start, added in zip(starts, pl.run_scoped(sums, *kinds), strict=False):
-                at = (i * width + start) // group
-                if fp8 and grouped:
-                    added = without_bias(added, scratch["token_sums"].at[wg, at])
                 if in_sum:
+                    at = (i * width + start) // group
                     scale = load_row(scratch["scale"].at[wg, at]).astype(jnp.float32)
                     added = added * lax.broadcast_in_dim(scale, added.shape, [0])
                 total = total + added
@@ -162,29 +168,11 @@ def stream(
                 for other in range(1, config.cluster):
                     theirs = plgpu.cluster_ref(partial_s, {"cluster": other})
                     everything = everything + plgpu.load(theirs, layout=MMA, optimized=False)
-                finish(everything)
+                end.finish(everything, n, m * tile)
 
             # The memory of a block is there until all of it has been read.
             plgpu.barrier_arrive(read)
             plgpu.barrier_wait(read)
-
-        def finish(y):  # type: ignore[no-untyped-def]
-            if fp8:
-                if not grouped:
-                    y = without_bias(y, scratch["token_sums"].at[0, 0])
-                scale = load_column(token_scale_g.at[pl.ds(m * tile, tile)]) * 512.0
-                y = y * lax.broadcast_in_dim(scale, y.shape, [1])
-            if not grouped:
-                scale = load_row(scale_g.at[n, 0]).astype(jnp.float32)
-                y = y * lax.broadcast_in_dim(scale, y.shape, [0])
-            if bias_g is not None:
-                offset = load_row(bias_g.at[pl.ds(n * 64, 64)]).astype(jnp.float32)
-                y = y + lax.broadcast_in_dim(offset, y.shape, [0])
-            out_s.T[...] = plgpu.layout_cast(y.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.commit_smem()
-            target = out_g.at[pl.ds(m * tile, tile), pl.ds(n * 64, 64)]
-            plgpu.copy_smem_to_gmem(out_s, target)
-            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 0)
         def _():  # type: ignore[no-untyped-def]
@@ -194,9 +182,10 @@ def stream(
             for other in range(wgs - 1):
                 y = y + plgpu.load(sums_s.at[other], layout=MMA, optimized=False)
             if config.cluster == 1:
-                finish(y)
+                end.finish(y, n, m * tile)
             else:
                 share(y)
+            plgpu.wait_smem_to_gmem(0)
 
     scratch = {
         "words": plgpu.SMEM((wgs, stages, rows, LANES), jnp.int32),
@@ -204,30 +193,23 @@ def stream(
             (wgs, stages, tile, width), x.dtype, transforms=swizzled(width, x.dtype.itemsize * 8)
         ),
         "sums": plgpu.SMEM((max(1, wgs - 1), 64, tile), jnp.float32),
-        "out": plgpu.SMEM(
-            (tile, 64), out_dtype, transforms=swizzled(64, jnp.dtype(out_dtype).itemsize * 8)
-        ),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         "ready": plgpu.Barrier(num_arrivals=max(1, copies), num_barriers=wgs),
         "summed": plgpu.Barrier(num_arrivals=max(1, wgs - 1)),
+        **epilogue.scratch(given, tile, out_dtype, 1, activation),
     }
     if grouped:
         scratch["scale"] = plgpu.SMEM((wgs, groups, 64), weight.scale.dtype)
     if zeros:
         scratch["zero"] = plgpu.SMEM((wgs, groups, 64), jnp.bfloat16)
-    if fp8:
-        # Each warpgroup's begin at a multiple of 128 bytes, as the copy engine needs.
-        scratch["token_sums"] = plgpu.SMEM((wgs, -(-groups // 4) * 4, tile), jnp.float32)
     if config.cluster > 1:
         scratch["partial"] = plgpu.SMEM((64, tile), jnp.float32)
         scratch["written"] = plgpu.ClusterBarrier(collective_axes=("cluster",))
         scratch["read"] = plgpu.ClusterBarrier(collective_axes=("cluster",))
-    operands = [weight.words, x, weight.scale]
-    optional = (weight.zero_point, *((fp8.scale, fp8.sums) if fp8 else ()), bias)
-    operands += [array for array in optional if array is not None]
+    width_out = epilogue.rows_out(activation) * weight.words.shape[0]
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((tokens, 64 * weight.words.shape[0]), out_dtype),
+        out_type=jax.ShapeDtypeStruct((tokens, width_out), out_dtype),
         grid=(weight.words.shape[0], -(-tokens // tile)),
         grid_names=("rows", "tokens"),
         cluster=(config.cluster,),
@@ -238,4 +220,4 @@ def stream(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
-    return kernel(*operands)
+    return kernel(*given.values())

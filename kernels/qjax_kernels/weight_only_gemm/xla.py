@@ -1,11 +1,12 @@
 """The reference: dequantize to the type of x, then one product. Takes every valid call."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qjax_kernels.gemm_swiglu.layout import separate
+from qjax_kernels.glu_quant.xla import ACTIVATIONS
 from qjax_kernels.matmul import matmul
 from qjax_kernels.weight_only_gemm.layout import Prepared, unprepare
 
@@ -32,28 +33,54 @@ def weight_only_gemm(
     return matmul(x, weight.astype(x.dtype)).astype(out_dtype)
 
 
-@partial(jax.jit, static_argnames="out_dtype")
+@partial(jax.jit, static_argnames=("activation", "out_dtype"))
 def prepared_gemm(
-    x: jax.Array, weight: Prepared, bias: jax.Array | None, *, out_dtype: jnp.dtype
+    x: jax.Array,
+    weight: Prepared,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    activation: str | None = None,
+    out_dtype: jnp.dtype,
 ) -> jax.Array:
     """See `api.prepared_gemm`."""
-    values, scale, zero_point = unprepare(weight)
-    y = weight_only_gemm(x, values, scale, zero_point, out_dtype=jnp.dtype(jnp.float32))
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
+    return _finished(_product(x, weight), bias, residual, activation, out_dtype)
 
 
-@partial(jax.jit, static_argnames="out_dtype")
+@partial(jax.jit, static_argnames=("activation", "out_dtype"))
 def fp8_prepared_gemm(
     x: jax.Array,
     x_scale: jax.Array,
     weight: Prepared,
     bias: jax.Array | None,
-    described: Any,
+    residual: jax.Array | None,
     *,
+    activation: str | None = None,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
     """See `api.w4a8_gemm`: float32 products, which are exact."""
-    del described
-    y = prepared_gemm(x.astype(jnp.float32), weight, None, out_dtype=jnp.dtype(jnp.float32))
-    y = y * x_scale
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
+    y = _product(x.astype(jnp.float32), weight) * x_scale
+    return _finished(y, bias, residual, activation, out_dtype)
+
+
+def _product(x: jax.Array, weight: Prepared) -> jax.Array:
+    values, scale, zero_point = unprepare(weight)
+    y = weight_only_gemm(x, values, scale, zero_point, out_dtype=jnp.dtype(jnp.float32))
+    return y if weight.factor is None else y * weight.factor
+
+
+def _finished(
+    y: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    activation: str | None,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    if activation is not None:
+        gate, up = separate(y, axis=-1)
+        y = ACTIVATIONS[activation](gate) * up
+    if residual is not None:
+        y = y + residual.astype(jnp.float32)
+    return y.astype(out_dtype)

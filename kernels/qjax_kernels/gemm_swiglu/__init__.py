@@ -1,0 +1,1 @@
+"""A gated linear unit: two products and the activation between them."""
