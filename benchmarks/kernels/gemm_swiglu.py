@@ -39,8 +39,9 @@ DTYPES = {
     "f16": jnp.float16,
 }
 FEATURES, K = 14336, 4096
-# Rounding to bfloat16 alone makes errors of 2e-3 of a row.
-WRONG = 1e-2
+# Rounding to bfloat16 alone makes errors of 2e-3 of a row. To 8 bits, numbers near the middle of
+# two go either way: a step of e4m3 is up to 1/8.
+WRONG, WRONG_8_BITS = 1e-2, 8e-2
 
 WIDE = {"swap": False, "warpgroups": 2, "stages": 3}
 CHECKS: list[tuple[tuple[int, int, int], Config, dict[str, Any]]] = [
@@ -201,10 +202,11 @@ PEERS: dict[str, tuple[Callable[..., jax.Array], Callable[[dict[str, Any]], tupl
 def errors(y: jax.Array, given: dict[str, Any], activation: str = "silu") -> str:
     """Relative error of the whole result and of its worst row."""
     expected = reference(given, activation, y.dtype)
+    wrong = WRONG_8_BITS if y.dtype.itemsize == 1 else WRONG
     y = y.astype(jnp.float32)
     whole = row_error(y.reshape(1, -1), expected.reshape(1, -1))
     worst = row_error(y, expected)
-    return f"error {whole:.1e}, row {worst:.1e}" + ("" if worst < WRONG else "  WRONG")
+    return f"error {whole:.1e}, row {worst:.1e}" + ("" if worst < wrong else "  WRONG")
 
 
 def check(

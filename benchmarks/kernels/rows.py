@@ -307,3 +307,53 @@ def _norm_quant(n: int, k: int, group_size: int) -> Callable[[int], Case]:
         )
 
     return case
+
+
+@OPS.register("decode_attention", {"attention": [(4096, 1024)]})
+def _decode_attention(n: int, k: int, group_size: int) -> Callable[[int], Case]:
+    """m sequences of n tokens each, k numbers of keys a token: KV heads of 128, 8 queries each."""
+    from qjax_kernels.decode_attention import api
+
+    page_size, head_dim, group = 64, 128, 8
+    kv_heads, pages = k // head_dim, n // page_size
+
+    def reference(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array) -> jax.Array:
+        def rows_of(pages: jax.Array) -> jax.Array:  # [sequence, KV head, token, head_dim]
+            rows = pages[table].astype(jnp.float32).swapaxes(1, 2)
+            return rows.reshape(*rows.shape[:2], n, head_dim)
+
+        def of_sequence(one: tuple) -> jax.Array:
+            q, keys, values = one
+            q = q.astype(jnp.float32).reshape(kv_heads, group, head_dim)
+            scores = jnp.einsum("hgd,htd->hgt", q, keys, precision="highest") * head_dim**-0.5
+            y = jnp.einsum("hgt,htd->hgd", jax.nn.softmax(scores), values, precision="highest")
+            return y.reshape(kv_heads * group, head_dim)
+
+        return jax.lax.map(of_sequence, (q, rows_of(keys), rows_of(values)))
+
+    def call(q, keys, values, table, implementation: str) -> jax.Array:  # type: ignore[no-untyped-def]
+        lengths = jnp.full(q.shape[:1], n, jnp.int32)
+        return api.decode_attention(q, keys, values, table, lengths, implementation=implementation)
+
+    def case(m: int) -> Case:
+        work = bound.Work(2 * 2 * m * n * k + 2 * 2 * m * k * group, 0.0)
+        shape = (m * pages, kv_heads, page_size, head_dim)
+        table = jax.random.permutation(jax.random.key(3), m * pages).astype(jnp.int32)
+        sets = [
+            (
+                values(
+                    fold_in(jax.random.key(0), i), (m, kv_heads * group, head_dim), jnp.bfloat16
+                ),
+                *(values(fold_in(jax.random.key(j), i), shape, jnp.bfloat16) for j in (1, 2)),
+                table.reshape(m, pages),
+            )
+            for i in range(bound.copies(work.bytes))
+        ]
+        return Case(
+            sets,
+            calls_of(jax.jit(call, static_argnames="implementation"), api.IMPLEMENTATIONS),
+            work,
+            reference,
+        )
+
+    return case

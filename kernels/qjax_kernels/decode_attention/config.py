@@ -105,8 +105,8 @@ def candidates(
     # So many blocks for each pair that every multiprocessor has one or two.
     cluster = 2 ** max(0, min(3, round(math.log2(cores / pairs)), math.floor(math.log2(steps))))
     shared = [filled(1, cluster=cluster, warpgroups=2), filled(2, cluster=min(8, 2 * cluster))]
-    # One launch is best where the pairs fill all places of the last round too, or where there are so
-    # many rounds that blocks which come and go balance each other.
+    # One launch is best where the pairs fill all places of the last round too, or where there are
+    # so many rounds that blocks which come and go balance each other.
     rounds = pairs / (cores * counts[0])
     if pairs >= 4 * cores or rounds >= 0.8 * math.ceil(rounds):
         order = [*each[:1], *balanced[:1], *each[1:2], *balanced[1:2], *large]

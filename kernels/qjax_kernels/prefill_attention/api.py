@@ -13,6 +13,7 @@ IMPLEMENTATIONS = {
     "triton": triton.prefill_attention,
     "xla": xla.prefill_attention,
 }
+SLOWER = "Triton is faster where the lengths of prompts differ"
 PAGED_IMPLEMENTATIONS = {
     "triton": triton.paged_prefill_attention,
     "xla": xla.paged_prefill_attention,
@@ -50,7 +51,8 @@ def prefill_attention(
       scale: None: head_dim ** -0.5.
       window: positions that a query sees, the last ones; None: all.
       soft_cap: None: no cap.
-      implementation: a name of IMPLEMENTATIONS; None: the first that takes the call.
+      implementation: a name of IMPLEMENTATIONS; None: the first that takes the call, but not cuDNN
+        if there are lengths, which it is slower with than Triton.
 
     Returns:
       [batch, tokens, heads, head_dim] in the dtype of q.
@@ -81,6 +83,7 @@ def prefill_attention(
         scale=head_dim**-0.5 if scale is None else float(scale),
         window=window,
         soft_cap=None if soft_cap is None else float(soft_cap),
+        passed_over=None if lengths is None else {"cudnn": SLOWER},
     )
 
 

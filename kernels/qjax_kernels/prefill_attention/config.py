@@ -124,8 +124,8 @@ def _large(head_dim: int, itemsize: int, capability: int) -> list[tuple[int, int
             (128, 32, 8, 2),
         ]  # fmt: skip
     found = [
-        (128, 128, 8, 2), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (128, 64, 8, 4),
-        (64, 64, 4, 2),
+        (64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 2), (128, 128, 8, 2),
+        (128, 128, 8, 3),
     ]  # fmt: skip
     # Blackwell's tensor memory does not hold the sums of more than one part of a head beside them.
     small = capability >= 100 and (itemsize == 1 or head_dim not in (64, 128))
