@@ -328,7 +328,7 @@ def test_ops_that_are_not_there_are_an_error_that_says_what_is(capsys):
     for arguments, complaint in [
         (["--ops", "w2a2"], "there is no 'w2a2' to measure by these implementations; jax: bf16"),
         (["--ops", "bf16", "--implementations", "humming"], "humming: w4a16, w8a16"),
-        (["--shapes", "round"], "no shapes are called 'round'; there are: llama70b_tp4"),
+        (["--shapes", "round"], "no shapes are called 'round'; there are: attention, llama70b_tp4"),
         (["--implementations", "cutlass"], "no implementation is called 'cutlass'"),
         (["--m", "16,x"], "--m takes positive numbers, not 16,x"),
     ]:

@@ -315,12 +315,12 @@ def _decode_attention(n: int, k: int, group_size: int) -> Callable[[int], Case]:
     from qjax_kernels.decode_attention import api
 
     page_size, head_dim, group = 64, 128, 8
-    kv_heads, pages = k // head_dim, n // page_size
+    kv_heads, pages = k // head_dim, -(-n // page_size)
 
     def reference(q: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array) -> jax.Array:
         def rows_of(pages: jax.Array) -> jax.Array:  # [sequence, KV head, token, head_dim]
             rows = pages[table].astype(jnp.float32).swapaxes(1, 2)
-            return rows.reshape(*rows.shape[:2], n, head_dim)
+            return rows.reshape(*rows.shape[:2], -1, head_dim)[:, :, :n]
 
         def of_sequence(one: tuple) -> jax.Array:
             q, keys, values = one
