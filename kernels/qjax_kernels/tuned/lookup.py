@@ -12,6 +12,10 @@ from qjax_kernels.tuned.schema import OPS, Entry, Table, TableError, parse
 
 VARIABLE = "QJAX_TUNED"  # names another directory of tables
 STAND_IN = "NVIDIA H200"  # whose table serves Hopper GPUs that have none of their own
+# Tiles for a prompt are slow in decoding: entries for so many times the tokens, or so many times
+# fewer, say nothing, and the first guess for the size itself is better. All prompts are alike.
+FAR, PROMPT = 2.0, 256.0
+FAR_SEQUENCES = 4.0  # of ops without tiles for tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +108,29 @@ def nearest(
     k: int,
     device: Target | None = None,
 ) -> list[Entry]:
-    """The entries of an op, format and group size, the nearest to a size first.
+    """The entries of an op, format and group size that are near a size, the nearest first.
 
     Args:
       op, format, group_size, m, n, k: see `Entry`.
       device: None: the one that the trace under way is for.
 
     Returns:
-      Entries in the order of `distance`. None of another op, format or group size; an empty list
-      if the device has no table.
+      Entries in the order of `distance`. None of another op, format or group size, and none that is
+      `far`; an empty list if the device has no table.
     """
     found = table_of(target() if device is None else device)
     if found is None:
         return []
     same = [entry for entry in found.table.entries if entry.key == (op, format, group_size)]
-    return sorted(same, key=lambda entry: distance(entry, m, n, k))
+    near = [entry for entry in same if not far(entry, m)]
+    return sorted(near, key=lambda entry: distance(entry, m, n, k))
+
+
+def far(entry: Entry, m: int) -> bool:
+    """Whether an entry says nothing about m tokens."""
+    tiles = OPS[entry.op].tiles
+    few, many = sorted((_tokens(entry.m), _tokens(m)) if tiles else (entry.m, m))
+    return many > few * (FAR if tiles else FAR_SEQUENCES) and not (tiles and few >= PROMPT)
 
 
 def distance(entry: Entry, m: int, n: int, k: int) -> tuple[float, float, float]:
@@ -130,9 +142,9 @@ def distance(entry: Entry, m: int, n: int, k: int) -> tuple[float, float, float]
     one of 16 as from one of 64: then the larger t decides, whose tiles fit. Last, the nearest m.
     """
     tokens = _tokens if OPS[entry.op].tiles else float
-    far = 2 * abs(math.log2(tokens(entry.m) / tokens(m)))
-    far += abs(math.log2(entry.n / n)) + abs(math.log2(entry.k / k))
-    return round(far, 6), -tokens(entry.m), abs(math.log2(entry.m / m))
+    apart = 2 * abs(math.log2(tokens(entry.m) / tokens(m)))
+    apart += abs(math.log2(entry.n / n)) + abs(math.log2(entry.k / k))
+    return round(apart, 6), -tokens(entry.m), abs(math.log2(entry.m / m))
 
 
 def _tokens(m: int) -> float:

@@ -54,7 +54,7 @@ def fp8_candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[C
     stream = [c for c in _stream(tokens, weight, cores) if c.tiles % 2 == 0]
     tiled = [
         Config(kernel="tiled", tokens=tokens, warpgroups=2, tiles=t, stages=s, cluster=cluster)
-        for tokens, t, s, cluster in ((128, 6, 2, 2), (128, 4, 3, 1), (128, 2, 6, 1), (64, 4, 5, 1))
+        for tokens, t, s, cluster in ((128, 6, 2, 2), (128, 4, 3, 1), (128, 2, 6, 1), (64, 2, 8, 1))
     ]
     tiled = [c for c in tiled if tiled_fits(c, weight, 8)]
     return (stream + tiled)[:6] if tokens <= 64 else tiled
