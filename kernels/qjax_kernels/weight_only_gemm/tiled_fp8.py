@@ -77,7 +77,7 @@ def tiled_fp8(
         step=step,
         sums=sums,
         multiplier=512.0,  # weights are multiplied as w / 512
-        memory_registers=24,  # two sets of sums are under way
+        memory_registers=24 if tile > 64 else 40,  # two sets of sums are under way
         activation=activation,
         out_dtype=out_dtype,
         cores=cores,
