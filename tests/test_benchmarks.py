@@ -16,7 +16,7 @@ from conftest import ROOT
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks.kernels import __main__ as command
-from benchmarks.kernels import bound, peers, results, rows, sweep, timing
+from benchmarks.kernels import bound, other_rows, peers, results, rows, sweep, timing
 
 N, K, GROUP = 48, 256, 128
 TINY = {"tiny": [(N, K)]}
@@ -84,7 +84,7 @@ def test_copies_exceed_the_cache_twice():
 # Cases of qjax and XLA
 
 
-@pytest.mark.parametrize("op", rows.OPS)
+@pytest.mark.parametrize("op", other_rows.OPS)
 def test_every_op_has_a_case_that_the_reference_agrees_with(op):
     measure = partial(rows.measure, iterations=1, clock=fake_clock())
     found = list(sweep.sweep(tiny({op: rows.OPS[op]}), TINY, [1, 3], GROUP, _xla, measure))

@@ -93,9 +93,9 @@ def complaints(options: argparse.Namespace) -> Iterator[str]:
 def ops_of(worker: str) -> Ops:
     """What a worker can measure. JAX is imported only for its own."""
     if worker == "jax":
-        from benchmarks.kernels import rows
+        from benchmarks.kernels import other_rows
 
-        return rows.OPS
+        return other_rows.OPS
     return peers.OPS[worker]
 
 

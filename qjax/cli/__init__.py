@@ -1,4 +1,4 @@
-"""The command line: `qjax quantize | generate | eval | compare | info | tune`.
+"""The command line: `qjax quantize | generate | eval | compare | info | tune | bench`.
 
 argparse, because it is in the standard library and ends wrong usage with exit code 2. What a verb
 alone needs (transformers, matplotlib, rich) is imported when it runs.
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from qjax._version import __version__
-from qjax.cli import compare, evaluate, generate, info, quantize, tune
+from qjax.cli import bench, compare, evaluate, generate, info, quantize, tune
 from qjax.errors import QJaxError
 
 VERBS = {
@@ -20,6 +20,7 @@ VERBS = {
     "compare": compare,
     "info": info,
     "tune": tune,
+    "bench": bench,
 }
 
 

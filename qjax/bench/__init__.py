@@ -1,0 +1,1 @@
+"""Speed of generation, with random weights in the shapes of known models."""
