@@ -19,6 +19,7 @@ from qjax.lm import load as load
 from qjax.lm import quantize_model as quantize_model
 from qjax.plan import Plan as Plan
 from qjax.plan import plan as plan
+from qjax.prepare import prepare as prepare
 from qjax.presets import PRESETS as PRESETS
 from qjax.presets import preset as preset
 from qjax.qarray import InputSpec as InputSpec
@@ -27,3 +28,4 @@ from qjax.qarray import dequantize as dequantize
 from qjax.qarray import quantize_array as quantize_array
 from qjax.quantize import dequantize_tree as dequantize_tree
 from qjax.quantize import quantize as quantize
+from qjax.speculate import PromptLookup as PromptLookup

@@ -44,3 +44,73 @@ def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCac
         jax.vmap(put)(cache.k, k.astype(cache.k.dtype), start),
         jax.vmap(put)(cache.v, v.astype(cache.v.dtype), start),
     )
+
+
+PAGE_SIZE = 64  # tokens; what the attention kernels read fastest
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k_pages", "v_pages", "block_table", "k_scale", "v_scale"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedCache:
+    """Keys and values of all layers, in pages of a fixed number of tokens.
+
+    Attributes:
+      k_pages, v_pages: one array a layer, [pages, kv_heads, page_size, head_dim]: floats,
+        float8_e4m3fn or int8.
+      block_table: int32 [batch, pages of a sequence, at most]. Position p of sequence b lives in
+        row p % page_size of page block_table[b, p // page_size].
+      k_scale, v_scale: of 8-bit pages, one array a layer, float32 [] or [kv_heads]: what the
+        numbers in the pages are multiplied by; else None, one a layer.
+    """
+
+    k_pages: list[jax.Array]
+    v_pages: list[jax.Array]
+    block_table: jax.Array
+    k_scale: list[jax.Array | None]
+    v_scale: list[jax.Array | None]
+
+    @property
+    def page_size(self) -> int:
+        return self.k_pages[0].shape[2]
+
+
+def init_pages(
+    layers: int,
+    batch: int,
+    kv_heads: int,
+    length: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    *,
+    page_size: int = PAGE_SIZE,
+    scales: list[tuple[jax.Array, jax.Array]] | None = None,
+) -> PagedCache:
+    """Empty pages, as many for each sequence as `length` tokens need.
+
+    Args:
+      scales: (k_scale, v_scale) of each layer, for dtypes of 8 bits; None: no scales.
+    """
+    each = -(-length // page_size)
+    shape = (batch * each, kv_heads, page_size, head_dim)
+    return PagedCache(
+        k_pages=[jnp.zeros(shape, dtype) for _ in range(layers)],
+        v_pages=[jnp.zeros(shape, dtype) for _ in range(layers)],
+        block_table=jnp.arange(batch * each, dtype=jnp.int32).reshape(batch, each),
+        k_scale=[None] * layers if scales is None else [k for k, _ in scales],
+        v_scale=[None] * layers if scales is None else [v for _, v in scales],
+    )
+
+
+def places(cache: PagedCache, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Page and slot, int32 [batch * tokens], of int32 positions [batch, tokens].
+
+    The page of a position behind the last page is -1: what goes there is not written.
+    """
+    pages = jnp.take_along_axis(
+        cache.block_table, positions // cache.page_size, axis=1, mode="fill", fill_value=-1
+    )
+    return pages.reshape(-1), (positions % cache.page_size).reshape(-1)

@@ -11,7 +11,8 @@ import numpy as np
 
 from qjax.decode import DecodeState, decode, prefill
 from qjax.errors import DataError
-from qjax.sampling import Sampling
+from qjax.sampling import Sampling, is_integer
+from qjax.speculate import PromptLookup
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
@@ -19,6 +20,8 @@ Prompts = str | Sequence[str] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 BUCKET = 64
 # With stop strings, the text is searched every so many steps.
 STOP_STRIDE = 16
+# End tokens are filled up to a multiple of this, likewise.
+END_BUCKET = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +31,9 @@ class Request:
     prompts: Any
     max_new_tokens: int
     sampling: Sampling
-    seed: int
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
+    speculate: PromptLookup | None
 
     @classmethod
     def make(
@@ -38,29 +41,62 @@ class Request:
         prompts: Any,
         *,
         max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        seed: int,
         stop: str | int | Iterable[str | int],
+        speculate: PromptLookup | None,
+        **sampling: Any,
     ) -> Self:
-        if not _is_integer(max_new_tokens) or max_new_tokens < 1:
+        if not is_integer(max_new_tokens) or max_new_tokens < 1:
             raise DataError(
                 f"max_new_tokens is {max_new_tokens!r}; it must be an integer, 1 or more"
             )
-        if not _is_integer(seed) or not 0 <= seed < 2**32:
-            raise DataError(f"seed is {seed!r}; it must be an integer from 0 to 2**32 - 1")
         stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-        if not all(_is_integer(s) or (isinstance(s, str) and s) for s in stops):
+        if not all(is_integer(s) or (isinstance(s, str) and s) for s in stops):
             raise DataError(f"stop holds {stops!r}; give token ids and non-empty strings")
+        checked = Sampling(**sampling)
+        if speculate is not None:
+            _check_speculation(speculate, checked)
         return cls(
             prompts=[prompts] if isinstance(prompts, str) else prompts,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
-            seed=seed,
+            max_new_tokens=int(max_new_tokens),
+            sampling=checked,
             stop_ids=tuple(int(s) for s in stops if isinstance(s, int | np.integer)),
             stop_strings=tuple(s for s in stops if isinstance(s, str)),
+            speculate=speculate,
         )
+
+
+def _check_speculation(speculate: object, sampling: Sampling) -> None:
+    if not isinstance(speculate, PromptLookup):
+        raise DataError(
+            f"speculate is {speculate!r}; give a qjax.PromptLookup, for example "
+            "PromptLookup(ngram=3, tokens=8), or None"
+        )
+    for temperature in sampling.entries("temperature"):
+        if temperature != 0:
+            raise DataError(
+                f"temperature is {temperature} and speculate is given; speculation verifies greedy "
+                "tokens only: set temperature=0 or speculate=None"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeculationStats:
+    """How well the guesses of a generation did. Tuples have an entry for each sequence.
+
+    Attributes:
+      passes: decode steps in which the sequence was running; each gave it 1 to tokens + 1 tokens.
+      proposed: candidates that were verified.
+      accepted: candidates that became tokens.
+      acceptance: accepted over proposed, of all sequences; 0 if nothing was proposed.
+      tokens_per_pass: tokens over passes of the model, prefill left out; without speculation it
+        is 1. 0 if the prefill's token was all.
+    """
+
+    passes: tuple[int, ...]
+    proposed: tuple[int, ...]
+    accepted: tuple[int, ...]
+    acceptance: float
+    tokens_per_pass: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +109,7 @@ class GenerationStats:
       prefill_s, decode_s: seconds of running; the first new token belongs to the prefill.
       prefill_tokens_per_s, decode_tokens_per_s: over the whole batch; 0 if nothing was decoded.
       peak_bytes: peak device memory of the process, where the backend reports it, else None.
+      speculation: SpeculationStats, or None without it.
     """
 
     prompt_tokens: int
@@ -83,6 +120,7 @@ class GenerationStats:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     peak_bytes: int | None
+    speculation: SpeculationStats | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,12 +133,19 @@ class Generation:
       lengths: int32 [batch], valid tokens of each row.
       text: the new text of each row, without end token and stop string; None without tokenizer.
       stats: GenerationStats.
+      logprobs: float32 [batch, new], natural logarithm of the model's own probability of each
+        token; padded with 0. None unless asked for, like the next two.
+      top_ids, top_logprobs: int32 and float32 [batch, new, n], the n most likely tokens at each
+        place, the likeliest first; padded with 0.
     """
 
     token_ids: np.ndarray
     lengths: np.ndarray
     text: list[str] | None
     stats: GenerationStats
+    logprobs: np.ndarray | None = None
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
 
 
 def generate(lm: Any, request: Request) -> Generation:
@@ -115,7 +160,7 @@ def generate(lm: Any, request: Request) -> Generation:
         carry = run.decode(carry, step)
         if request.stop_strings:
             rows = enumerate(run.rows(carry))
-            stopped = [run.find_stop(index, row) is not None for index, row in rows]
+            stopped = [run.text_of(index, row)[1] for index, row in rows]
             carry = dataclasses.replace(carry, done=carry.done | jnp.asarray(stopped))
     return run.result(carry)
 
@@ -134,9 +179,8 @@ def _pieces(run: "_Run", request: Request) -> Iterator[str]:
     sent = 0
     for step in range(2, request.max_new_tokens + 2):
         row = run.rows(carry)[0]
-        finished = bool(carry.done[0]) or step > request.max_new_tokens
         text, stopped = run.text_of(0, row)
-        if stopped or finished:
+        if stopped or bool(carry.done[0]):
             yield text[sent:]
             return
         # An unfinished character decodes to U+FFFD until its last byte has come.
@@ -159,6 +203,11 @@ class _Run:
                 raise DataError(f"stop token {stop} is outside 0..{lm.config.vocab_size - 1}")
         if request.stop_strings and self.tokenizer is None:
             raise DataError("stop strings need a tokenizer, and this checkpoint has none")
+        n = request.sampling.logprobs
+        if n is not None and n > lm.config.vocab_size:
+            raise DataError(
+                f"logprobs is {n}; the vocabulary has {lm.config.vocab_size} tokens: ask for fewer"
+            )
         rows = _encode(lm, request)
         # New tokens are decoded behind the end of their prompt: SentencePiece tokenizers drop the
         # space in front of whatever comes first.
@@ -170,18 +219,26 @@ class _Run:
         for at, row in zip(ids, rows, strict=True):
             at[: len(row)] = row
         self.ids = jnp.asarray(ids)
-        self.end_ids = jnp.asarray([*lm.config.eos_token_id, *request.stop_ids], jnp.int32)
+        ends = [*lm.config.eos_token_id, *request.stop_ids]
+        self.ends = frozenset(ends)
+        filled = np.full(_round_up(max(len(ends), 1), END_BUCKET), -1, np.int32)
+        filled[: len(ends)] = ends
+        self.end_ids = jnp.asarray(filled)
+        self.settings = request.sampling.settings(len(rows), request.max_new_tokens)
+        self.static = {"how": request.sampling.how, "speculate": request.speculate}
         self.compile_s = self.prefill_s = self.decode_s = 0.0
 
     def prefill(self) -> DecodeState:
-        new = self.request.max_new_tokens
+        speculate = self.request.speculate
+        # A step of speculation writes all its candidates, also behind the last token.
+        new = self.request.max_new_tokens + (0 if speculate is None else speculate.tokens)
         cache_length = _round_up(max(self.width, int(self.lengths.max()) + new), BUCKET)
         (carry, finite), seconds = self._timed(
             prefill,
-            (self.state, self.ids, self.lengths, self.end_ids, jax.random.key(self.request.seed)),
+            (self.state, self.ids, self.lengths, self.end_ids, self.settings),
             max_new=_round_up(new, BUCKET),
             cache_length=cache_length,
-            how=self.request.sampling,
+            **self.static,
         )
         self.prefill_s += seconds
         if not bool(finite):
@@ -194,8 +251,8 @@ class _Run:
     def decode(self, carry: DecodeState, limit: int) -> DecodeState:
         carry, seconds = self._timed(
             decode,
-            (self.state, carry, self.end_ids, jnp.int32(limit)),
-            how=self.request.sampling,
+            (self.state, carry, self.end_ids, self.settings, jnp.int32(limit)),
+            **self.static,
         )
         self.decode_s += seconds
         return carry
@@ -215,8 +272,7 @@ class _Run:
     def text_of(self, index: int, row: list[int]) -> tuple[str, bool]:
         """Text of the new tokens `row` of sequence `index`, without end token and cut before the
         first stop string; and whether there was one."""
-        ends = set(np.asarray(self.end_ids).tolist())
-        kept = row[:-1] if row and row[-1] in ends else row
+        kept = row[:-1] if row and row[-1] in self.ends else row
         tail = self.tails[index]
         before = self.tokenizer.decode(tail, skip_special_tokens=True)
         text = self.tokenizer.decode(tail + kept, skip_special_tokens=True)[len(before) :]
@@ -232,9 +288,14 @@ class _Run:
     def result(self, carry: DecodeState) -> Generation:
         rows = [row[: self.find_stop(i, row)] for i, row in enumerate(self.rows(carry))]
         lengths = np.asarray([len(row) for row in rows], np.int32)
-        token_ids = np.zeros((len(rows), int(lengths.max())), np.int32)
-        for at, row in zip(token_ids, rows, strict=True):
-            at[: len(row)] = row
+        longest = int(lengths.max())
+        inside = np.arange(longest) < lengths[:, None]
+
+        def cut(array: jax.Array) -> np.ndarray:
+            """[batch, max_new, ...] -> [batch, new, ...], 0 past the length of each row."""
+            kept = np.asarray(array)[:, :longest]
+            return np.where(inside.reshape(*inside.shape, *[1] * (kept.ndim - 2)), kept, 0)
+
         text = (
             None
             if self.tokenizer is None
@@ -250,8 +311,35 @@ class _Run:
             prefill_tokens_per_s=self.prompt_tokens / self.prefill_s,
             decode_tokens_per_s=decoded / self.decode_s if decoded else 0.0,
             peak_bytes=_peak_bytes(),
+            speculation=_speculation(carry),
         )
-        return Generation(token_ids=token_ids, lengths=lengths, text=text, stats=stats)
+        logs = carry.logprobs
+        return Generation(
+            token_ids=cut(carry.tokens),
+            lengths=lengths,
+            text=text,
+            stats=stats,
+            logprobs=None if logs is None else cut(logs.chosen),
+            top_ids=None if logs is None else cut(logs.top_ids),
+            top_logprobs=None if logs is None else cut(logs.top),
+        )
+
+
+def _speculation(carry: DecodeState) -> SpeculationStats | None:
+    if carry.lookup is None:
+        return None
+    passes, proposed, accepted = (
+        tuple(np.asarray(x).tolist())
+        for x in (carry.lookup.passes, carry.lookup.proposed, carry.lookup.accepted)
+    )
+    decoded = int(np.asarray(carry.counts).sum()) - len(passes)
+    return SpeculationStats(
+        passes=passes,
+        proposed=proposed,
+        accepted=accepted,
+        acceptance=sum(accepted) / max(sum(proposed), 1),
+        tokens_per_pass=decoded / max(sum(passes), 1),
+    )
 
 
 def _encode(lm: Any, request: Request) -> list[list[int]]:
@@ -310,10 +398,6 @@ def _compile(function: Any, graphdef: Any, args: tuple[Any, ...], static: dict[s
             del _COMPILED[next(iter(_COMPILED))]
         _COMPILED[key] = function.lower(graphdef, *args, **static).compile()
     return _COMPILED[key]
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qjax.models.registry import abstract_model, get_family
 from qjax.presets import preset
 from qjax.qarray import is_qarray
 from qjax.quantize import check_finite, quantize
+from qjax.speculate import PromptLookup
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -35,7 +36,10 @@ class LanguageModel:
       tokenizer: a transformers tokenizer, or None if the checkpoint has none.
       model_type: Hugging Face's name of the architecture.
       quantization: the recipe the weights were quantized by, or None.
+      canonical: False where the weights lie as kernels want them; see `qjax.prepare`.
     """
+
+    canonical = True
 
     def __init__(
         self,
@@ -107,11 +111,15 @@ class LanguageModel:
         prompts: Prompts,
         max_new_tokens: int = 64,
         *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int | None] | None = None,
+        top_p: float | Sequence[float | None] | None = None,
+        min_p: float | Sequence[float | None] | None = None,
+        repetition_penalty: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        logprobs: int | None = None,
         stop: str | int | Iterable[str | int] = (),
+        speculate: PromptLookup | None = None,
     ) -> Generation:
         """Continue prompts. One jitted prefill, then one jitted `lax.while_loop`.
 
@@ -119,14 +127,25 @@ class LanguageModel:
           prompts: a string, a list of strings, or token ids [batch, seq] (rows may differ in
             length). Strings need the tokenizer.
           max_new_tokens: at most this many new tokens for each prompt.
-          temperature: 0 is greedy.
-          top_k, top_p: see `qjax.sampling.Sampling`.
-          seed: of the random draws; the same seed gives the same tokens.
+          temperature: 0 is greedy. This and the next five are one number for all prompts, or a
+            list with one for each.
+          top_k, top_p, min_p, repetition_penalty: see `qjax.sampling.Sampling`.
+          seed: of the random draws. One number: prompt i is drawn with seed + i. The tokens of a
+            prompt depend on its own seed, whatever else is in the batch.
+          logprobs: 0 reports the log-probability of each new token, n > 0 also the n most likely
+            tokens at each place; None neither.
           stop: what ends a sequence besides the model's own end token: token ids, or strings
             (the text is cut before the string).
+          speculate: a `PromptLookup`: tokens are guessed from the text so far and verified several
+            at a time. The tokens are those of greedy decoding without it, wherever a pass over
+            several tokens computes the logits of single steps: to the bit on CPUs, within the
+            rounding of its kernels on GPUs. Needs temperature 0.
+
+        Other numbers compile nothing again; turning a feature on does (draws, min_p, penalty,
+        logprobs, speculation).
 
         Returns:
-          a `Generation`: token_ids [batch, new], text, stats.
+          a `Generation`: token_ids [batch, new], text, stats, and logprobs if asked for.
 
         Raises:
           DataError: an empty prompt, one that does not fit the context, a bad setting; or the
@@ -138,8 +157,12 @@ class LanguageModel:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             seed=seed,
+            logprobs=logprobs,
             stop=stop,
+            speculate=speculate,
         )
         return generate(self, request)
 
@@ -151,10 +174,13 @@ class LanguageModel:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: str | int | Iterable[str | int] = (),
+        speculate: PromptLookup | None = None,
     ) -> Iterator[str]:
-        """Continue one prompt, yielding text as it comes: one jitted decode step a token.
+        """Continue one prompt, yielding text as it comes, after each jitted decode step.
 
         Arguments and errors are those of `generate`; the pieces join to the same text.
         """
@@ -164,8 +190,11 @@ class LanguageModel:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+            speculate=speculate,
         )
         return stream(self, request)
 
@@ -316,6 +345,8 @@ def quantize_model(
     cfg = preset(cfg) if isinstance(cfg, str) else cfg
     if not isinstance(cfg, QuantConfig):
         raise DataError(f"cfg is {cfg!r}; give a qjax.QuantConfig or the name of a preset")
+    if not lm.canonical:
+        raise DataError("the model is prepared for its kernels; quantize the one it came from")
     if lm.quantization is not None:
         raise DataError(
             f"the model is quantized already, by {lm.quantization.name!r}; start from the original"

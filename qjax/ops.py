@@ -1,7 +1,7 @@
 """The operations models are written in, on arrays and QArrays. The only importer of qjax_kernels.
 
 Dispatch is explicit and readable: on the type of the weight, its format, and what it does to its
-input.
+input. Kernels that prepared decoders (`qjax.runtime`) call are imported by their names.
 """
 
 import dataclasses
@@ -9,9 +9,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from qjax_kernels.attention import xla as xla_attention
+from qjax_kernels.decode_attention.api import decode_attention as decode_attention
+from qjax_kernels.gemm_swiglu.api import gemm_swiglu as gemm_swiglu
+from qjax_kernels.gemm_swiglu.layout import interleave as interleave
+from qjax_kernels.glu_quant.api import glu_quant as glu_quant
 from qjax_kernels.matmul import matmul
+from qjax_kernels.norm_quant.api import norm_quant as norm_quant
+from qjax_kernels.prefill_attention.api import paged_prefill_attention as paged_prefill_attention
+from qjax_kernels.prefill_attention.api import prefill_attention as prefill_attention
+from qjax_kernels.quantize_rows.api import quantize_rows as quantize_rows
+from qjax_kernels.rope_cache.api import rope_cache as rope_cache
+from qjax_kernels.sampling import api as sampling
 from qjax_kernels.scaled_gemm import api as scaled
+from qjax_kernels.scaled_gemm.api import scaled_gemm as scaled_gemm
 from qjax_kernels.weight_only_gemm import api as weight_only
+from qjax_kernels.weight_only_gemm.api import prepared_gemm as prepared_gemm
+from qjax_kernels.weight_only_gemm.layout import Prepared as Prepared
+from qjax_kernels.weight_only_gemm.layout import prepare as prepare_weight  # noqa: F401
 
 from qjax import numerics
 from qjax.qarray import InputSpec, QArray, dequantize
@@ -216,3 +230,20 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) ->
       [batch, tokens, heads, head_dim].
     """
     return xla_attention.attention(q, k, v, positions)
+
+
+def argmax(logits: jax.Array) -> jax.Array:
+    """[rows, vocab] -> int32 [rows], the largest of each row and the first of equal ones."""
+    return sampling.argmax(logits)
+
+
+def sample(
+    logits: jax.Array,
+    uniform: jax.Array,
+    *,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
+    """[rows, vocab] -> int32 [rows], drawn after top_k and top_p; see `qjax_kernels.sampling`."""
+    return sampling.sample(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)

@@ -88,6 +88,37 @@ def test_generate_streams_text(capsys):
     assert out.count("\n") == 1
 
 
+def test_generate_takes_the_settings_of_the_library(capsys):
+    prompts = ["def add(a, b):", "import os\n"]
+    lm = qjax.load(REFERENCE)
+    drawn = run_json(
+        capsys, "generate", "--prompt", *prompts, "--max-new-tokens", 8, "--temperature", 0.9,
+        "--top-k", 50, "--min-p", 0.01, "--repetition-penalty", 1.2, "--seed", 3, 5,
+        "--stop-id", 7, 8, "--logprobs", 2,
+    )  # fmt: skip
+    expected = lm.generate(
+        prompts, 8, temperature=0.9, top_k=50, min_p=0.01, repetition_penalty=1.2, seed=[3, 5],
+        stop=[7, 8], logprobs=2,
+    )  # fmt: skip
+    assert drawn["text"] == expected.text
+    for i, n in enumerate(expected.lengths):
+        assert drawn["logprobs"][i] == expected.logprobs[i, :n].tolist()
+        assert drawn["top_ids"][i] == expected.top_ids[i, :n].tolist()
+        assert drawn["top_logprobs"][i] == expected.top_logprobs[i, :n].tolist()
+    arguments = ["generate", "--prompt", prompts[0], "--max-new-tokens", 24]
+    plain = run_json(capsys, *arguments)
+    assert "logprobs" not in plain
+    assert plain["stats"]["speculation"] is None
+    guessed = run_json(capsys, *arguments, "--speculate", 4, "--ngram", 2)
+    assert guessed["text"] == plain["text"]
+    stats = guessed["stats"]["speculation"]
+    assert stats["proposed"][0] % 4 == 0
+    assert stats["passes"][0] + stats["accepted"][0] >= 23
+    code, out, _ = run(capsys, *arguments, "--speculate")
+    assert code == 0
+    assert out == prompts[0] + plain["text"][0] + "\n"
+
+
 def test_compare_prints_the_promised_json(capsys, tmp_path):
     page = tmp_path / "page.html"
     data = run_json(capsys, "compare", "--presets", "int8_wo,int4_wo", *SMALL, "--html", page)
@@ -139,6 +170,17 @@ def test_tables(capsys):
         (["quantize", "--preset", "int8", "--ignore", "weight", "--plan"], "leaves every weight"),
         (["eval", "--sequences", "1", "--seq-len", "32"], "two sequences or more"),
         (["generate", "--prompt", "x", "--seed", "99999999999999999999"], "seed is"),
+        (["generate", "--prompt", "x", "--seed", "1", "2"], "seed has 2 entries for 1 prompts"),
+        (["generate", "--prompt", "x", "--min-p", "2"], "min_p is 2.0"),
+        (["generate", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty is 0.0"),
+        (["generate", "--prompt", "x", "--stop-id", "99999"], "stop token 99999 is outside"),
+        (["generate", "--prompt", "x", "--logprobs", "2"], "add --json"),
+        (["generate", "--prompt", "x", "--ngram", "2"], "add --speculate"),
+        (["generate", "--prompt", "x", "--speculate", "0"], "tokens is 0"),
+        (
+            ["generate", "--prompt", "x", "--speculate", "--temperature", "1"],
+            "set temperature=0 or speculate=None",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_code_2(capsys, tmp_path, monkeypatch, argv, message):
@@ -167,7 +209,7 @@ def test_every_verb_takes_json_and_shows_examples():
         text = actions.choices[name].format_help()
         assert "--json" in text
         # Tuning is of kernels, not of a model.
-        assert ("--model" in text) == (name != "tune")
+        assert ("--model" in text) == (name not in ("tune", "bench"))
         assert f"qjax {name}" in text
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny import tiny_lm, token_batches
 
 import qjax
@@ -98,6 +99,126 @@ def test_sampling_is_reproducible_and_follows_its_settings():
     assert (twins[0] != twins[1]).any()
 
 
+def test_a_sequence_depends_on_its_own_seed():
+    """Neighbours, places and their settings change nothing; one number means consecutive seeds."""
+    lm = tiny_lm(eos_token_id=())
+    own = {"temperature": [1.2, 0, 0.8], "top_k": [None, 3, 20], "min_p": [0.02, None, 0]}
+    own |= {"top_p": [0.9, None, None], "repetition_penalty": [1, 1.2, 1.1], "seed": [7, 7, 9]}
+    together = lm.generate(PROMPTS, 16, **own).token_ids
+    for rows in ([0], [2], [2, 0], [2, 1, 0]):
+        chosen = {name: [values[i] for i in rows] for name, values in own.items()}
+        some = lm.generate([PROMPTS[i] for i in rows], 16, **chosen).token_ids
+        np.testing.assert_array_equal(some, together[rows])
+    np.testing.assert_array_equal(
+        lm.generate(PROMPTS, 16, temperature=1.0, seed=5).token_ids,
+        lm.generate(PROMPTS, 16, temperature=1.0, seed=[5, 6, 7]).token_ids,
+    )
+    same = lm.generate([PROMPTS[0]] * 2, 16, temperature=1.0, seed=[5, 5]).token_ids
+    np.testing.assert_array_equal(same[0], same[1])
+
+
+def test_logprobs_are_those_of_full_passes():
+    lm = tiny_lm(eos_token_id=())
+    end = int(lm.generate(PROMPTS, 12).token_ids[0, 4])
+    # The model's own probabilities, whatever the tokens were drawn from.
+    for chosen in ({}, {"temperature": 1.5, "top_k": 20, "repetition_penalty": 1.5}):
+        result = lm.generate(PROMPTS, 12, stop=end, logprobs=4, **chosen)
+        assert result.logprobs.shape == result.token_ids.shape
+        assert result.top_ids.shape == result.top_logprobs.shape == (*result.token_ids.shape, 4)
+        for i, (prompt, n) in enumerate(zip(PROMPTS, result.lengths, strict=True)):
+            row = result.token_ids[i, :n]
+            logits = np.asarray(lm([prompt + row.tolist()]), np.float64)[0, len(prompt) - 1 : -1]
+            logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            # The logits have the same bits; the logarithm of a sum of 256 terms does not.
+            bound = 2.0**-24 * (2 * 256 + 4 * np.abs(logits).max())
+            taken = np.take_along_axis(logs, row[:, None], axis=1)[:, 0]
+            assert np.abs(result.logprobs[i, :n] - taken).max() <= bound
+            best = np.argsort(-logits, axis=1, kind="stable")[:, :4]
+            np.testing.assert_array_equal(result.top_ids[i, :n], best)
+            top = np.take_along_axis(logs, best, axis=1)
+            assert np.abs(result.top_logprobs[i, :n] - top).max() <= bound
+            assert not result.logprobs[i, n:].any()
+            assert not result.top_ids[i, n:].any()
+    only = lm.generate(PROMPTS, 12, logprobs=0)
+    assert only.logprobs.shape == (3, 12)
+    assert only.top_ids.shape == (3, 12, 0)
+    free = lm.generate(PROMPTS, 12)
+    assert free.logprobs is free.top_ids is free.top_logprobs is None
+    np.testing.assert_array_equal(free.token_ids, only.token_ids)
+
+
+def test_the_repetition_penalty_counts_prompt_and_new_tokens():
+    lm = tiny_lm(eos_token_id=())
+    penalty = 1.7
+    rows = [list(prompt) for prompt in PROMPTS]
+    for _ in range(10):
+        width = max(map(len, PROMPTS)) + 10
+        padded = [row + [0] * (width - len(row)) for row in rows]
+        logits = np.asarray(lm(padded)).astype(np.float32)
+        for index, row in enumerate(rows):
+            mine = logits[index, len(row) - 1].copy()
+            for token in set(row):
+                factor = np.float32(penalty)
+                mine[token] = mine[token] / factor if mine[token] > 0 else mine[token] * factor
+            row.append(int(mine.argmax()))
+    expected = [row[len(prompt) :] for row, prompt in zip(rows, PROMPTS, strict=True)]
+    result = lm.generate(PROMPTS, 10, repetition_penalty=penalty)
+    assert result.token_ids.tolist() == expected
+    assert (result.token_ids != lm.generate(PROMPTS, 10).token_ids).any()
+
+
+def test_other_numbers_compile_nothing_again():
+    from qjax.generate import _COMPILED
+
+    lm = tiny_lm(eos_token_id=())
+    first = {"temperature": 1.0, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
+    lm.generate(PROMPTS, 8, **first)
+    before = set(_COMPILED)
+    lm.generate(PROMPTS, 8, temperature=0.7, top_p=0.9, min_p=0.3, repetition_penalty=2, seed=9)
+    lm.generate(PROMPTS, 12, **first | {"temperature": [0, 1, 2]}, stop=[1, 2, 3])
+    assert set(_COMPILED) == before
+    lm.generate(PROMPTS, 8, **first | {"min_p": None})  # another feature set
+    assert len(set(_COMPILED) - before) == 2  # its prefill and its loop
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return qjax.load(ROOT / "checkpoints" / "reference")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stop_strings_never_appear(reference, temperature):
+    """Whatever the string and however it is cut into tokens, generated or streamed."""
+    texts = ["def main(args):\n", "import os\nimport sys\n", "x = "]
+    free = reference.generate(texts, 40, temperature=temperature, seed=3)
+    assert not any(text.endswith("\ufffd") for text in free.text)
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 5, 9):
+        stops = []
+        for text in free.text:
+            at = int(rng.integers(0, len(text) - size))
+            stops.append(text[at : at + size])
+        result = reference.generate(texts, 40, temperature=temperature, seed=3, stop=stops)
+        for text, whole in zip(result.text, free.text, strict=True):
+            assert not any(stop in text for stop in stops)
+            # It is the text without stops, cut before the first one.
+            assert text == whole[: min(whole.index(stop) for stop in stops if stop in whole)]
+        pieces = reference.stream(texts[0], 40, temperature=temperature, seed=3, stop=stops)
+        assert "".join(pieces) == result.text[0]
+
+
+def test_stop_tokens_end_the_text_and_stay_out_of_it(reference):
+    text = "def main(args):\n"
+    free = reference.generate(text, 24)
+    stop = int(free.token_ids[0, 10])
+    result = reference.generate(text, 24, stop=stop)
+    n = free.token_ids[0].tolist().index(stop) + 1
+    assert result.token_ids[0].tolist() == free.token_ids[0, :n].tolist()
+    ids = result.token_ids[0, :-1]
+    assert result.text[0] == reference.tokenizer.decode(ids)
+    assert "".join(reference.stream(text, 24, stop=stop)) == result.text[0]
+
+
 def test_the_decode_loop_is_one_while_and_donates_its_cache():
     """The program has one loop, and the caches that come out are the buffers that went in."""
     from qjax.decode import prefill
@@ -106,12 +227,11 @@ def test_the_decode_loop_is_one_while_and_donates_its_cache():
     lm = tiny_lm()
     graphdef, state = lm.split()
     ids, ends = jnp.ones((2, 8), jnp.int32), jnp.asarray([2], jnp.int32)
-    how = Sampling()
+    how, settings = Sampling().how, Sampling().settings(2, 4)
     carry, _ = prefill(
-        graphdef, state, ids, jnp.full(2, 8), ends, jax.random.key(0),
-        max_new=4, cache_length=16, how=how,
-    )  # fmt: skip
-    traced = decode.trace(graphdef, state, carry, ends, jnp.int32(4), how=how)
+        graphdef, state, ids, jnp.full(2, 8), ends, settings, max_new=4, cache_length=16, how=how
+    )
+    traced = decode.trace(graphdef, state, carry, ends, settings, jnp.int32(4), how=how)
     # The batch of per-sequence writes lowers to scatters, not loops: one while in all. (On a CPU
     # attention has loops of its own.)
     for_gpu = traced.lower(lowering_platforms=("cuda",))
@@ -119,7 +239,7 @@ def test_the_decode_loop_is_one_while_and_donates_its_cache():
     shapes = [f"{x.shape}" for x in jax.tree.leaves(carry.cache)]
     assert len(shapes) == 4
     cache_pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(carry.cache)}
-    after = decode(graphdef, state, carry, ends, jnp.int32(4), how=how)
+    after = decode(graphdef, state, carry, ends, settings, jnp.int32(4), how=how)
     assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after.cache)} == cache_pointers
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carry.cache))
 
@@ -155,6 +275,11 @@ def test_the_decode_loop_is_one_while_and_donates_its_cache():
         ([[1]], {"top_p": 1.5}, "top_p is 1.5"),
         ([[1]], {"stop": [""]}, "non-empty strings"),
         ([[1]], {"stop": "x"}, "stop strings need a tokenizer"),
+        ([[1]], {"min_p": 2}, "min_p is 2"),
+        ([[1]], {"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ([[1]], {"seed": [1, 2]}, "seed has 2 entries for 1 prompts"),
+        ([[1]], {"temperature": [1, 2]}, "temperature has 2 entries for 1 prompts"),
+        ([[1]], {"logprobs": 257}, "logprobs is 257; the vocabulary has 256 tokens"),
     ],
 )
 def test_bad_requests_are_refused(prompts, settings, message):

@@ -1,15 +1,12 @@
-"""Operations on arrays and QArrays against float64, dispatch of kernels, and sampling."""
+"""Operations on arrays and QArrays against float64, and dispatch of kernels."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from qjax_kernels.attention import xla as xla_attention
 from qjax_kernels.attention.xla import BLOCK_KEYS, BLOCK_QUERIES
 from qjax_kernels.dispatch import dispatch
@@ -19,9 +16,7 @@ from qjax_kernels.weight_only_gemm import api as weight_only
 import qjax
 from qjax import cache as kv
 from qjax import ops
-from qjax.errors import DataError
 from qjax.qarray import InputSpec, QArray, dequantize, quantize_array, validate
-from qjax.sampling import Sampling, filter_logits, sample
 
 U = oracles.UNIT["float32"]
 BF16 = oracles.UNIT["bfloat16"]
@@ -687,154 +682,3 @@ def test_kernels_refuse_operands_that_do_not_fit():
         scaled.scaled_gemm(x.astype(jnp.int8), jnp.float32(1), w, scale, out_dtype=x.dtype)
     with pytest.raises(ValueError, match="dtype"):
         scaled.scaled_gemm(x, jnp.float32(1), w[:, :IN], scale, out_dtype=x.dtype)
-
-
-# Sampling ----------------------------------------------------------------------------------------
-
-
-def draw(logits, how, key=0, step=0):
-    tokens = sample(as_jax(logits), jax.random.key(key), jnp.int32(step), how)
-    assert tokens.dtype == jnp.int32
-    return np.asarray(tokens)
-
-
-def test_greedy_takes_the_largest_and_the_first_of_equals():
-    logits = random((50, 37))
-    logits[0, 5] = logits[0, 20] = logits.max() + 1
-    greedy = draw(logits, Sampling())
-    np.testing.assert_array_equal(greedy, logits.argmax(axis=1))
-    assert greedy[0] == 5
-    np.testing.assert_array_equal(draw(logits, Sampling(top_k=3, top_p=0.5)), greedy)
-
-
-def test_top_k_of_one_is_greedy_at_any_temperature():
-    logits = random((50, 37))
-    how = Sampling(temperature=5.0, top_k=1)
-    np.testing.assert_array_equal(draw(logits, how), logits.argmax(axis=1))
-
-
-def kept(logits, **how):
-    out = oracles.decode(filter_logits(as_jax(logits), Sampling(temperature=1, **how)))
-    keep = np.isfinite(out)
-    np.testing.assert_array_equal(out[keep], logits[keep])  # what is kept is not changed
-    assert (out[~keep] == -np.inf).all()
-    return keep
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 7, 24, 1000])
-@pytest.mark.parametrize("top_p", [None, 0.01, 0.9])
-def test_filter_agrees_with_the_loop(top_k, top_p):
-    logits = oracles.narrow(random((20, 24)) * 3, "float32")
-    expected = oracles.kept_tokens(logits, top_k, top_p)
-    np.testing.assert_array_equal(kept(logits, top_k=top_k, top_p=top_p), expected)
-
-
-@settings(deadline=None, derandomize=True, max_examples=40)
-@given(
-    row=st.lists(st.integers(-3, 3), min_size=12, max_size=12),
-    top_k=st.sampled_from([1, 3, 6, 12]),
-    top_p=st.floats(0.05, 0.95),
-)
-def test_filter_with_ties_agrees_with_the_loop(row, top_k, top_p):
-    logits = np.array([row], np.float64)
-    expected = oracles.kept_tokens(logits, top_k, top_p)
-    # Where a cumulated probability is within float32's roundings of top_p either side is right.
-    low, high = (oracles.kept_tokens(logits, top_k, top_p * (1 + e)) for e in (-32 * U, 32 * U))
-    actual = kept(logits, top_k=top_k, top_p=top_p)
-    assert (actual == expected).all() or (actual == low).all() or (actual == high).all()
-
-
-def test_top_p_keeps_the_token_that_crosses():
-    logits = np.log([[0.5, 0.3, 0.15, 0.05]])
-    for top_p, count in [(0.4, 1), (0.6, 2), (0.79, 2), (0.81, 3), (0.96, 4)]:
-        assert kept(oracles.narrow(logits, "float32"), top_p=top_p).sum() == count
-
-
-def test_top_p_counts_within_top_k():
-    # Of the two most likely, 0.5 and 0.3, the first alone has 0.625.
-    logits = oracles.narrow(np.log([[0.5, 0.3, 0.2]]), "float32")
-    assert kept(logits, top_p=0.6).sum() == 2
-    assert kept(logits, top_k=2, top_p=0.6).sum() == 1
-
-
-def test_top_p_of_one_keeps_everything():
-    assert kept(oracles.narrow(random((16, 128)) * 5, "float32"), top_p=1.0).all()
-
-
-def chi_square(tokens, probabilities):
-    counts = np.bincount(tokens, minlength=len(probabilities))
-    assert (counts[probabilities == 0] == 0).all()
-    some = probabilities > 0
-    expected = len(tokens) * probabilities[some]
-    return ((counts[some] - expected) ** 2 / expected).sum()
-
-
-def likely(degrees):
-    """Chi-square stays under d + 2 sqrt(d t) + 2 t but for e**-t (Laurent and Massart 2000)."""
-    t = math.log(1e6)
-    return degrees + 2 * math.sqrt(degrees * t) + 2 * t
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        Sampling(temperature=1),
-        Sampling(temperature=0.5),
-        Sampling(temperature=2),
-        Sampling(temperature=0.7, top_k=4),
-        Sampling(temperature=1.5, top_p=0.8),
-        Sampling(temperature=1.5, top_k=5, top_p=0.8),
-    ],
-    ids=str,
-)
-def test_draws_follow_the_distribution(how):
-    logits = oracles.narrow(np.array([1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 0.2, -0.2]), "float32")
-    scaled = logits / how.temperature
-    keep = oracles.kept_tokens(scaled[None], how.top_k, how.top_p)[0]
-    probabilities = np.where(keep, np.exp(scaled), 0)
-    probabilities /= probabilities.sum()
-    count = 20000
-    tokens = draw(np.tile(logits, (count, 1)), how)
-    bound = likely(keep.sum() - 1)
-    assert chi_square(tokens, probabilities) <= bound
-    # The same draws are not mistaken for another temperature: the test can fail.
-    other = np.where(keep, np.exp(logits / (1.3 * how.temperature)), 0)
-    assert chi_square(tokens, other / other.sum()) > bound
-
-
-def test_draws_repeat_by_key_and_step():
-    logits = random((64, 100))
-    how = Sampling(temperature=1.0)
-    first = draw(logits, how, key=1, step=2)
-    np.testing.assert_array_equal(draw(logits, how, key=1, step=2), first)
-    jitted = jax.jit(sample, static_argnums=3)
-    again = jitted(as_jax(logits), jax.random.key(1), jnp.int32(2), how)
-    np.testing.assert_array_equal(again, first)
-    for key, step in ((2, 2), (1, 3)):
-        assert not np.array_equal(draw(logits, how, key=key, step=step), first)
-
-
-def test_rows_are_drawn_independently():
-    # 1000 equal rows over 50 equal tokens: were they drawn together, one token would fill all.
-    tokens = draw(np.zeros((1000, 50)), Sampling(temperature=1))
-    assert len(set(tokens.tolist())) == 50  # each is missing with probability 0.98**1000 = 2e-9
-    pairs = tokens[::2] * 50 + tokens[1::2]
-    # Two of 500 pairs are equal with probability 1/2500 each: 50 expected, variance under that.
-    equal = 500 - len(set(pairs.tolist()))
-    assert equal <= 50 + 6 * math.sqrt(50)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-    ],
-)
-def test_sampling_settings_out_of_range(settings, message):
-    with pytest.raises(DataError, match=message):
-        Sampling(**settings)

@@ -96,6 +96,8 @@ def _probes() -> Iterator[tuple[str, Mapping[str, Any], _Probe]]:
     yield "norm_quant", norm.IMPLEMENTATIONS, call
     glu = api("glu_quant")
     yield "glu_quant", glu.IMPLEMENTATIONS, probe(glu.glu_quant, x)
+    rows = api("quantize_rows")
+    yield "quantize_rows", rows.IMPLEMENTATIONS, probe(rows.quantize_rows, x, out_dtype=FP8)
     rope = api("rope_cache")
     qkv, angles = _shape(2, 12 * 64), _shape(2, 32, dtype=F32)
     call = probe(rope.rope_cache, qkv, angles, angles, pages, pages, *sizes, *sizes)

@@ -1,11 +1,14 @@
 """Calling a Triton kernel from JAX, on the GPU at hand or for one that is not there."""
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
 
 from qjax_kernels.target import target
 
@@ -27,6 +30,9 @@ CAPABILITIES = {
     "B200": 100,
     "B300": 103,
 }
+
+# What jax-triton 0.3 calls kernels by, and what 0.4 does: XLA records only the latter in graphs.
+OLD_TARGET, TARGET = "triton_kernel_call", "triton_kernel_call_ffi"
 
 # Runs a kernel on a CPU: (module, kernel, scalars by position, outputs, grid, aliases,
 # constants) -> a function of the arrays. Tests put Triton's interpreter here.
@@ -100,6 +106,8 @@ def call(
     triton_call = importlib.import_module("jax_triton").triton_call
     # `out_shape` became `out_type` in jax-triton 0.4.
     old = "out_shape" in inspect.signature(triton_call).parameters
+    if old:
+        _record_in_graphs()
     return triton_call(
         *arguments,
         kernel=getattr(importlib.import_module(module), kernel),
@@ -111,3 +119,27 @@ def call(
         **{"out_shape" if old else "out_type": list(outputs)},
         **constants,
     )
+
+
+@functools.cache
+def _record_in_graphs() -> None:
+    """Lower the calls of jax-triton 0.3 to what 0.4 lowers them to, which the same jaxlib runs.
+
+    Otherwise none of them is part of a CUDA graph, and each cuts the one it lies in.
+    """
+    triton_lib = importlib.import_module("jax_triton.triton_lib")
+
+    def lower(ctx: Any, *arrays: Any, **static: Any) -> Any:
+        results = triton_lib.triton_kernel_call_lowering(
+            triton_lib.get_cuda_backend, ctx, *arrays, **static
+        )
+        call = results[0].owner
+        attributes = call.attributes
+        if attributes["call_target_name"].value == OLD_TARGET:
+            opaque = attributes["backend_config"]
+            attributes["call_target_name"] = ir.StringAttr.get(TARGET)
+            attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+            attributes["backend_config"] = ir.DictAttr.get({"opaque": opaque})
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")

@@ -218,11 +218,21 @@ class Llama(nnx.Module):
         hidden, _ = self.hidden(input_ids, positions)
         return self.logits(hidden)
 
+    def init_cache(self, batch: int, length: int) -> list[kv.KVCache]:
+        """An empty cache for `batch` sequences of up to `length` tokens."""
+        cfg = self.config
+        dtype = jnp.dtype(self.embed_tokens.embedding.get_value().dtype)
+        return kv.init_cache(
+            cfg.num_hidden_layers, batch, cfg.num_key_value_heads, length, cfg.head_dim, dtype
+        )
+
     def hidden(
         self,
         input_ids: jax.Array,
         positions: jax.Array,
         cache: list[kv.KVCache] | None = None,
+        *,
+        fresh: bool = False,
     ) -> tuple[jax.Array, list[kv.KVCache] | None]:
         """The stack without its head.
 
@@ -231,6 +241,7 @@ class Llama(nnx.Module):
           positions: int32 [batch, tokens], consecutive in each row.
           cache: one entry a layer, read and extended at `positions`; None: the tokens are all
             there is, starting at position 0.
+          fresh: a promise that the cache is empty, of which prepared decoders make use.
 
         Returns:
           normalized hidden states [batch, tokens, hidden_size], and the extended cache or None.

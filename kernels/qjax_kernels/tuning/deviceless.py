@@ -54,10 +54,18 @@ device_description_str: "NVIDIA H200"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """Attributes: hlo, the optimized module's text; kernels, in the order they were compiled."""
+    """What came out.
+
+    Attributes:
+      hlo: the optimized module's text.
+      kernels: of Mosaic, in the order they were compiled.
+      thunks: what the host launches, a line each; what is one CUDA graph is indented below a
+        kCommandBuffer.
+    """
 
     hlo: str
     kernels: list[Kernel]
+    thunks: str
 
 
 @functools.cache
@@ -93,5 +101,12 @@ def compile_for_h200(function: Callable[..., Any], *arguments: Any, **static: An
     with dumped() as directory:
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
             lowered = jax.jit(functools.partial(function, **static)).lower(*arguments)
-        text = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
-        return Compiled(hlo=text or "", kernels=list(kernels_in(directory)))
+        options = {"xla_gpu_autotune_level": 0, "xla_dump_to": str(directory)}
+        text = lowered.compile(compiler_options=options).as_text()
+        # The last one: it is written anew by passes that change it.
+        dumps = sorted(directory.glob("*.thunk_sequence*.txt"))
+        return Compiled(
+            hlo=text or "",
+            kernels=list(kernels_in(directory)),
+            thunks=dumps[-1].read_text() if dumps else "",
+        )

@@ -1,0 +1,1 @@
+"""Rows in int8 or fp8, with a scale for each."""
