@@ -13,7 +13,6 @@ from qjax.errors import CheckpointError as CheckpointError
 from qjax.errors import ConfigError as ConfigError
 from qjax.errors import DataError as DataError
 from qjax.errors import QJaxError as QJaxError
-from qjax.generate import Generation as Generation
 from qjax.lm import LanguageModel as LanguageModel
 from qjax.lm import load as load
 from qjax.lm import quantize_model as quantize_model
@@ -28,4 +27,5 @@ from qjax.qarray import dequantize as dequantize
 from qjax.qarray import quantize_array as quantize_array
 from qjax.quantize import dequantize_tree as dequantize_tree
 from qjax.quantize import quantize as quantize
+from qjax.result import Generation as Generation
 from qjax.speculate import PromptLookup as PromptLookup

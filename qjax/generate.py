@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ import numpy as np
 
 from qjax.decode import DecodeState, decode, prefill
 from qjax.errors import DataError
-from qjax.sampling import Sampling, is_integer
-from qjax.speculate import PromptLookup
-
-Prompts = str | Sequence[str] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+from qjax.request import Request, encode
+from qjax.result import Generation, GenerationStats, SpeculationStats
 
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
@@ -22,130 +20,6 @@ BUCKET = 64
 STOP_STRIDE = 16
 # End tokens are filled up to a multiple of this, likewise.
 END_BUCKET = 8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """Checked arguments of a generation."""
-
-    prompts: Any
-    max_new_tokens: int
-    sampling: Sampling
-    stop_ids: tuple[int, ...]
-    stop_strings: tuple[str, ...]
-    speculate: PromptLookup | None
-
-    @classmethod
-    def make(
-        cls,
-        prompts: Any,
-        *,
-        max_new_tokens: int,
-        stop: str | int | Iterable[str | int],
-        speculate: PromptLookup | None,
-        **sampling: Any,
-    ) -> Self:
-        if not is_integer(max_new_tokens) or max_new_tokens < 1:
-            raise DataError(
-                f"max_new_tokens is {max_new_tokens!r}; it must be an integer, 1 or more"
-            )
-        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-        if not all(is_integer(s) or (isinstance(s, str) and s) for s in stops):
-            raise DataError(f"stop holds {stops!r}; give token ids and non-empty strings")
-        checked = Sampling(**sampling)
-        if speculate is not None:
-            _check_speculation(speculate, checked)
-        return cls(
-            prompts=[prompts] if isinstance(prompts, str) else prompts,
-            max_new_tokens=int(max_new_tokens),
-            sampling=checked,
-            stop_ids=tuple(int(s) for s in stops if isinstance(s, int | np.integer)),
-            stop_strings=tuple(s for s in stops if isinstance(s, str)),
-            speculate=speculate,
-        )
-
-
-def _check_speculation(speculate: object, sampling: Sampling) -> None:
-    if not isinstance(speculate, PromptLookup):
-        raise DataError(
-            f"speculate is {speculate!r}; give a qjax.PromptLookup, for example "
-            "PromptLookup(ngram=3, tokens=8), or None"
-        )
-    for temperature in sampling.entries("temperature"):
-        if temperature != 0:
-            raise DataError(
-                f"temperature is {temperature} and speculate is given; speculation verifies greedy "
-                "tokens only: set temperature=0 or speculate=None"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpeculationStats:
-    """How well the guesses of a generation did. Tuples have an entry for each sequence.
-
-    Attributes:
-      passes: decode steps in which the sequence was running; each gave it 1 to tokens + 1 tokens.
-      proposed: candidates that were verified.
-      accepted: candidates that became tokens.
-      acceptance: accepted over proposed, of all sequences; 0 if nothing was proposed.
-      tokens_per_pass: tokens over passes of the model, prefill left out; without speculation it
-        is 1. 0 if the prefill's token was all.
-    """
-
-    passes: tuple[int, ...]
-    proposed: tuple[int, ...]
-    accepted: tuple[int, ...]
-    acceptance: float
-    tokens_per_pass: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationStats:
-    """What a generation cost. Compilation is timed apart from running.
-
-    Attributes:
-      prompt_tokens, new_tokens: over the whole batch.
-      compile_s: seconds spent compiling; next to nothing when the shapes were seen before.
-      prefill_s, decode_s: seconds of running; the first new token belongs to the prefill.
-      prefill_tokens_per_s, decode_tokens_per_s: over the whole batch; 0 if nothing was decoded.
-      peak_bytes: peak device memory of the process, where the backend reports it, else None.
-      speculation: SpeculationStats, or None without it.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    compile_s: float
-    prefill_s: float
-    decode_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    peak_bytes: int | None
-    speculation: SpeculationStats | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-    """The result of a generation.
-
-    Attributes:
-      token_ids: int32 [batch, new], the new tokens only, a row's end token included; new is the
-        longest row's length, and shorter rows are padded with 0.
-      lengths: int32 [batch], valid tokens of each row.
-      text: the new text of each row, without end token and stop string; None without tokenizer.
-      stats: GenerationStats.
-      logprobs: float32 [batch, new], natural logarithm of the model's own probability of each
-        token; padded with 0. None unless asked for, like the next two.
-      top_ids, top_logprobs: int32 and float32 [batch, new, n], the n most likely tokens at each
-        place, the likeliest first; padded with 0.
-    """
-
-    token_ids: np.ndarray
-    lengths: np.ndarray
-    text: list[str] | None
-    stats: GenerationStats
-    logprobs: np.ndarray | None = None
-    top_ids: np.ndarray | None = None
-    top_logprobs: np.ndarray | None = None
 
 
 def generate(lm: Any, request: Request) -> Generation:
@@ -208,7 +82,7 @@ class _Run:
             raise DataError(
                 f"logprobs is {n}; the vocabulary has {lm.config.vocab_size} tokens: ask for fewer"
             )
-        rows = _encode(lm, request)
+        rows = encode(lm, request)
         # New tokens are decoded behind the end of their prompt: SentencePiece tokenizers drop the
         # space in front of whatever comes first.
         self.tails = [row[-4:] for row in rows]
@@ -340,46 +214,6 @@ def _speculation(carry: DecodeState) -> SpeculationStats | None:
         acceptance=sum(accepted) / max(sum(proposed), 1),
         tokens_per_pass=decoded / max(sum(passes), 1),
     )
-
-
-def _encode(lm: Any, request: Request) -> list[list[int]]:
-    """Token ids of each prompt, checked against vocabulary and context."""
-    prompts = request.prompts
-    is_list = isinstance(prompts, list | tuple | np.ndarray | jax.Array)
-    if not is_list or getattr(prompts, "ndim", 1) == 0:
-        raise DataError(
-            f"prompts is {type(prompts).__name__}; give a string, a list of strings, or token ids "
-            "as [batch, seq]"
-        )
-    if len(prompts) == 0:
-        raise DataError("there are no prompts; give at least one")
-    rows = []
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if lm.tokenizer is None:
-                raise DataError("this checkpoint has no tokenizer; give prompts as token ids")
-            try:
-                ids = lm.tokenizer(prompt, verbose=False)["input_ids"]
-            except (TypeError, UnicodeError) as error:
-                raise DataError(f"prompt {index} is not valid Unicode text: {error}") from error
-        else:
-            ids = prompt.tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
-            if not isinstance(ids, list | tuple):
-                raise DataError(
-                    f"prompts[{index}] is {prompt!r}; give strings, or token ids as [batch, seq]"
-                )
-        if not ids:
-            raise DataError(f"prompt {index} is empty; give it at least one token")
-        context = lm.config.max_position_embeddings
-        if len(ids) + request.max_new_tokens > context:
-            raise DataError(
-                f"prompt {index} has {len(ids)} tokens; with max_new_tokens="
-                f"{request.max_new_tokens} it does not fit the model's context of {context}: "
-                "shorten the prompt or ask for fewer tokens"
-            )
-        lm.check_ids([ids])
-        rows.append(list(ids))
-    return rows
 
 
 # Executables by function, shapes and settings; the oldest goes when there are too many.

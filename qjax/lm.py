@@ -17,11 +17,13 @@ from qjax.checkpoint import huggingface
 from qjax.checkpoint.format import FILE, Manifest
 from qjax.config import QuantConfig
 from qjax.errors import CheckpointError, DataError
-from qjax.generate import Generation, Prompts, Request, generate, stream
+from qjax.generate import generate, stream
 from qjax.models.registry import abstract_model, get_family
 from qjax.presets import preset
 from qjax.qarray import is_qarray
 from qjax.quantize import check_finite, quantize
+from qjax.request import Prompts, Request
+from qjax.result import Generation
 from qjax.speculate import PromptLookup
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

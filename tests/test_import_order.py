@@ -38,6 +38,8 @@ ORDER = (
     "sampling",
     "speculate",
     "decode",
+    "request",
+    "result",
     "generate",
     "lm",
     "prepare",

@@ -11,10 +11,10 @@ import numpy as np
 from qjax.bench.random_model import random_model, recipe
 from qjax.bench.shapes import shape
 from qjax.errors import ConfigError
-from qjax.generate import Generation
 from qjax.lm import LanguageModel
 from qjax.prepare import prepare
 from qjax.qarray import bits_of
+from qjax.result import Generation
 from qjax.tree import named_leaves
 
 # Bytes a second that a copy reaches, by device; where it was measured.

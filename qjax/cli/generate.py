@@ -9,7 +9,7 @@ from qjax.cli.common import add_model, load_model, print_json
 from qjax.errors import DataError
 
 if TYPE_CHECKING:
-    from qjax.generate import Generation
+    from qjax.result import Generation
 
 HELP = "continue a prompt"
 EXAMPLES = """examples:
