@@ -95,6 +95,9 @@ def call(
       aliases: argument -> output that shares its memory.
       interpret: run by `interpreter` instead.
       constants: the kernel's constexpr parameters.
+
+    Raises:
+      NotImplementedError: there are aliases, and jax-triton is 0.4 or newer.
     """
     if interpret:
         if interpreter is None:
@@ -108,6 +111,9 @@ def call(
     old = "out_shape" in inspect.signature(triton_call).parameters
     if old:
         _record_in_graphs()
+    elif aliases:
+        # There an output that shares an argument's memory is no parameter of the kernel.
+        raise NotImplementedError("a kernel that writes to its arguments needs jax-triton 0.3")
     return triton_call(
         *arguments,
         kernel=getattr(importlib.import_module(module), kernel),
