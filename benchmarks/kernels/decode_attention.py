@@ -81,7 +81,9 @@ def cases() -> Iterator[Case]:
     for name, cache in (("bf16", jnp.bfloat16), ("fp8", FP8)):
         yield Case(f"1 x 1024, group 4, {name}", 1, 32, 8, 128, 1024, cache, quick=True)
         yield Case(f"1 x 200 of 4096, group 4, {name}", 1, 32, 8, 128, 200, cache, capacity=4096)
-        yield Case(f"8 x 4096, group 4, {name}", 8, 32, 8, 128, 4096, cache)
+        yield Case(f"1 x 1024 of 1152, group 4, {name}", 1, 32, 8, 128, 1024, cache, capacity=1152)
+        for batch, most in ((8, 1024), (8, 4096), (16, 1024), (16, 2048), (32, 2048), (64, 1024)):
+            yield Case(f"{batch} x {most}, group 4, {name}", batch, 32, 8, 128, most, cache)
         yield Case(f"64 x 128 of 2048, group 4, {name}", 64, 32, 8, 128, 128, cache, capacity=2048)
         yield Case(f"16 x 2048, 32 KV heads, {name}", 16, 32, 32, 128, 2048, cache)
         yield Case(f"32 x 4096, head_dim 256, {name}", 32, 16, 8, 256, 4096, cache)
@@ -179,7 +181,8 @@ def errors(result: jax.Array, expected: dict[int, np.ndarray]) -> str:
 def describe(config: Config) -> str:
     """On one line."""
     kind = f"persistent {config.persistent}" if config.persistent else f"cluster {config.cluster}"
-    return f"{kind}, {config.warpgroups} wg, {config.tokens} x {config.stages}"
+    how = "" if config.push else ", fetched"
+    return f"{kind}, {config.warpgroups} wg, {config.tokens} x {config.stages}{how}"
 
 
 def dense() -> Callable[..., jax.Array]:

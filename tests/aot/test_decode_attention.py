@@ -44,6 +44,8 @@ def check(compiled, config, heads, kv_heads, head_dim, cache):
     dtype = "bf16" if cache == "bfloat16" else "f16"
     assert f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype}" in main.ptx
     assert "cp.async.bulk.tensor" in main.ptx
+    # The blocks of a cluster send each other what they found.
+    assert ("st.async" in main.ptx) == (config.cluster > 1 and config.push)
     assert ("ldmatrix.sync.aligned.m8n8.x4.trans" in main.ptx) == (dtype == "f16")
     # Nothing beside the kernels: every launch costs microseconds.
     assert compiled.hlo.count("custom-call(") == len(compiled.kernels)
@@ -55,8 +57,15 @@ SHAPES = [
     ((64, 64, 8, 128, 64, "bfloat16"), slice(None)),
     ((64, 64, 8, 128, 64, FP8), slice(None)),
     ((64, 32, 8, 128, 64, "int8"), slice(2)),
-    ((1, 32, 8, 128, 512, "bfloat16"), slice(1, 3)),
-    ((1, 32, 8, 128, 16, FP8), slice(2)),
+    ((1, 32, 8, 128, 512, "bfloat16"), slice(3)),
+    ((1, 32, 8, 128, 18, "bfloat16"), slice(1)),
+    ((1, 32, 8, 128, 18, FP8), slice(3)),
+    ((1, 32, 8, 128, 512, FP8), slice(1)),
+    ((8, 32, 8, 128, 34, FP8), slice(1)),
+    ((16, 32, 8, 128, 34, "bfloat16"), slice(2)),
+    ((16, 32, 8, 128, 34, FP8), slice(1)),
+    ((1, 128, 8, 128, 64, FP8), slice(1)),
+    ((1, 128, 8, 256, 64, "bfloat16"), slice(1)),
     ((64, 128, 8, 128, 64, FP8), slice(1)),
     ((32, 16, 8, 256, 64, FP8), slice(1)),
     ((32, 32, 32, 80, 32, "bfloat16"), slice(1)),
@@ -122,3 +131,39 @@ def test_small_pages():
     shape = (64, 32, 8, 64)
     compiled = h200.compile_for_h200(attend, *arguments(*shape, 64, "bfloat16", page_size=16))
     check(compiled, config, 32, 8, 64, "bfloat16")
+
+
+@pytest.mark.parametrize("out_dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(cluster=8, warpgroups=3, stages=1),
+        Config(cluster=8, warpgroups=2, stages=2, push=False),
+        Config(stages=2),
+        Config(persistent=2, stages=2),
+    ],
+    ids=str,
+)
+def test_a_quantized_result(config, out_dtype):
+    cache = FP8 if out_dtype == jnp.int8 else "bfloat16"
+
+    def attend(q, k, v, table, lengths, k_scale, v_scale, out_scale):
+        return mosaic.decode_attention(
+            *(q, k, v, table, lengths, k_scale, v_scale, None),
+            scale=0.1,
+            window=None,
+            soft_cap=None,
+            out_scale=out_scale,
+            out_dtype=jnp.dtype(out_dtype),
+            config=config,
+        )
+
+    compiled = h200.compile_for_h200(
+        attend,
+        *arguments(1, 32, 8, 128, 18, cache),
+        h200.shape((1,), jnp.float32),
+    )
+    check(compiled, config, 32, 8, 128, cache)
+    last = compiled.kernels[-1].ptx
+    assert ("cvt.rni.s32.f32" if out_dtype == jnp.int8 else "cvt.rn.satfinite.e4m3x2") in last
+    assert "div.rn.f32" in last

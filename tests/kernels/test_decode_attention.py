@@ -15,11 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from qjax_kernels.decode_attention import api, mosaic, narrow, threads
+from qjax_kernels.decode_attention import api, mosaic, narrow, places, strips, threads
+from qjax_kernels.decode_attention import xla as xla_kernel
 from qjax_kernels.decode_attention.config import SHARED_MEMORY, Config, candidates
 from qjax_kernels.decode_attention.operands import Operands
 from qjax_kernels.decode_attention.problem import Problem
 from qjax_kernels.decode_attention.schedule import Schedule
+from qjax_kernels.quantize_rows.api import quantize_rows
 
 if jax.__version_info__ >= (0, 12):
     # The race detector and the exchange between threads read private parts of the interpreter.
@@ -210,6 +212,34 @@ def test_every_way_to_cut_the_work(config):
     Case(lengths=lengths, page_size=128, window=200).check_kernel(config)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("config", [None, Config(stages=2), *CONFIGS[1:4]], ids=str)
+def test_a_quantized_result_is_what_a_kernel_of_its_own_makes_of_it(config, dtype):
+    case = Case(lengths=(0, 130, 64), head_dim=80, heads=4, kv_heads=1, cache="float8_e4m3fn")
+    q, k, v, table, lengths, k_scale, v_scale, _ = (
+        x if x is None else jnp.asarray(x) for x in case.arrays
+    )
+    # Large enough for some of the result to be clipped.
+    out_scale = jnp.float32([0.004 if dtype == "int8" else 0.0017])
+    arrays = (q, k, v, table, lengths, k_scale, v_scale, None)
+    static = {"scale": 0.1, "window": None, "soft_cap": None}
+    function = xla_kernel.decode_attention
+    if config is not None:
+        function = functools.partial(mosaic.decode_attention, config=config, interpret=True)
+    plain = function(*arrays, **static)
+    found = function(*arrays, **static, out_scale=out_scale, out_dtype=np.dtype(dtype))
+    expected = quantize_rows(
+        plain.reshape(3, -1),
+        out_dtype=np.dtype(dtype),
+        scale=out_scale.reshape(()),
+        implementation="xla",
+    ).values
+    assert found.dtype == np.dtype(dtype)
+    assert (found.view(jnp.uint8).reshape(3, -1) == expected.view(jnp.uint8)).all()
+    largest = np.abs(np.asarray(found).astype(np.float32)).max()
+    assert largest == ml_dtypes.finfo(dtype).max if dtype != "int8" else largest == 128
+
+
 @pytest.mark.parametrize("config", CONFIGS[2:4], ids=str)
 def test_cut_with_8_bits(config):
     case = Case(cache="float8_e4m3fn", head_dim=80, heads=4, kv_heads=1, lengths=(0, 200))
@@ -246,7 +276,7 @@ def runs_of_workers(batch, kv_heads, window, most=64):
     (sequence, head, first step, steps, segment), with 0 steps behind the last."""
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     operands = Operands(64, 64, 8, bfloat16, bfloat16)
-    problem = Problem(operands, batch, kv_heads, kv_heads, 64, 8, 1.0, window, None)
+    problem = Problem(operands, batch, kv_heads, kv_heads, 64, 8, 1.0, window, None, bfloat16)
 
     def runs(lengths, workers, least):
         schedule = Schedule(problem, lengths, workers, least)
@@ -360,8 +390,56 @@ class Simulated(threads.Threads):
     def store_pair(self, memory, byte, pair):
         self._store(memory, byte, pair)
 
-    def store_rounded(self, memory, byte, values):
-        self._store(memory, byte, np.stack(values, 1).astype(self.dtype))
+    def store_rounded(self, memory, byte, values, through, scale):
+        values = np.stack(values, 1).astype(through)
+        if scale is not None:
+            limit = ml_dtypes.finfo(self.dtype).max
+            values = np.clip(values.astype(np.float32) / scale, -limit, limit)
+        self._store(memory, byte, values.astype(self.dtype))
+
+    def load_floats(self, memory, byte, count):
+        at = np.where(self.masks[-1], byte, 0)
+        assert (at % (4 * count) == 0).all()
+        raw = np.stack([memory[at + i] for i in range(4 * count)], 1)
+        return list(raw.copy().view(np.float32).T)
+
+    def store_floats(self, memory, byte, values):
+        self._store(memory, byte, np.stack(values, 1).astype(np.float32))
+
+    def send_floats(self, memory, byte, values, block, barrier):
+        values = np.stack(values, 1).astype(np.float32)
+        for to in range(len(memory)):
+            with self.when(block == to):
+                assert np.isnan(memory[to].view(np.float32)[byte[self.masks[-1]] // 4]).all()
+                self._store(memory[to], byte, values)
+                barrier[to] += values.nbytes // 128 * self.masks[-1].sum()
+        assert (block[self.masks[-1]] < len(memory)).all()
+
+    def number(self, x):
+        return np.full(128, x, np.float32)
+
+    def repeat(self, count, body, carry):
+        for i in range(count):
+            carry = body(self.constant(i), carry)
+        return carry
+
+    def plus(self, x, y):
+        return x + y
+
+    def minus(self, x, y):
+        return x - y
+
+    def times(self, x, y):
+        return x * y
+
+    def larger(self, x, y):
+        return np.maximum(x, y)
+
+    def exp2(self, x):
+        return np.exp2(x)
+
+    def one_over(self, x):
+        return np.where(x > 0, 1 / np.where(x > 0, x, 1), 0)
 
     def store_zeros(self, memory, byte):
         self._store(memory, byte, np.zeros((128, 16), np.uint8))
@@ -456,7 +534,7 @@ def test_threads_store_queries(cache, head_dim):
     memory = np.zeros(x.nbytes, np.uint8)
     convert = narrow.emit_query_pair if operands.narrow else None
     raw = x.reshape(-1).view(np.uint8)
-    threads.emit_put_queries(Simulated(), raw, memory, x.shape, 2 * tile, convert)
+    places.emit_put_queries(Simulated(), raw, memory, x.shape, 2 * tile, convert)
     wanted = np.asarray(narrow.queries(jnp.asarray(x))) if operands.narrow else x
     assert (memory == in_shared_memory(wanted, 2 * tile)).all()
 
@@ -469,10 +547,21 @@ def test_threads_clear_rows(bounds, width, swizzle):
     x = np.random.default_rng(3).integers(1, 255, (64, width)).astype(np.uint8)
     memory = in_shared_memory(x, swizzle)
     limits = tuple(np.full(128, bound) for bound in bounds)
-    threads.emit_clear_rows(Simulated(), memory, limits, x.shape, swizzle)
+    places.emit_clear_rows(Simulated(), memory, limits, x.shape, swizzle)
     row = np.arange(64)[:, None]
     kept = np.where((row >= bounds[0]) & (row < bounds[1]), x, 0)
     assert (memory == in_shared_memory(kept, swizzle)).all()
+
+
+def in_registers(mixed):
+    """Registers of an accumulator [features, columns]: see `from_registers`."""
+    registers = np.empty((mixed.shape[0] // 64, mixed.shape[1] // 8, 2), object)
+    thread = np.arange(128)
+    for block, eight, half in np.ndindex(registers.shape):
+        rows = 64 * block + thread // 32 * 16 + 8 * half + thread % 32 // 4
+        at = 8 * eight + 2 * (thread % 4)
+        registers[block, eight, half] = np.stack([mixed[rows, at], mixed[rows, at + 1]], 1)
+    return registers
 
 
 @pytest.mark.parametrize("neighbours", [1, 2])
@@ -480,20 +569,85 @@ def test_threads_clear_rows(bounds, width, swizzle):
 def test_threads_store_rows(heads, head_dim, neighbours):
     columns, features = -(-heads // 8) * 8, -(-head_dim // 64) * 64
     mixed = np.random.default_rng(4).normal(size=(features, columns)).astype(np.float32)
-    registers = np.empty((features // 64, columns // 8, 2), object)
-    thread = np.arange(128)
-    for block, eight, half in np.ndindex(registers.shape):
-        rows = 64 * block + thread // 32 * 16 + 8 * half + thread % 32 // 4
-        at = 8 * eight + 2 * (thread % 4)
-        registers[block, eight, half] = np.stack([mixed[rows, at], mixed[rows, at + 1]], 1)
+    registers = in_registers(mixed)
     memory = np.zeros(2 * heads * head_dim, np.uint8)
     for block in range(features // 64):  # as the merge does it
         start = np.full(128, 64 * block)
         part = registers[block : block + 1]
-        threads.emit_put_rows(Simulated(), part, memory, (heads, head_dim), start, neighbours)
+        rows = places.Rows(memory, (heads, head_dim), 2, np.float16)
+        places.emit_put_rows(Simulated(), part, rows, start, neighbours)
     wanted = np.asarray(narrow.rows(jnp.asarray(mixed))) if neighbours == 2 else mixed.T
     found = memory.view(np.float16).reshape(heads, head_dim)
     assert (found == wanted[:heads, :head_dim].astype(np.float16)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "blocks", "warpgroups", "neighbours"),
+    [
+        (4, 128, 8, 1, 1),
+        (4, 128, 8, 3, 2),
+        (12, 80, 4, 2, 2),
+        (8, 32, 8, 2, 1),
+        (4, 128, 1, 2, 1),
+        (16, 256, 1, 4, 2),
+        (71, 64, 2, 1, 1),
+        (3, 96, 2, 4, 2),
+    ],
+)
+def test_threads_add_up_what_all_found(heads, head_dim, blocks, warpgroups, neighbours, dtype):
+    columns, features = -(-heads // 8) * 8, -(-head_dim // 64) * 64
+    x = strips.Deal(head_dim, columns, blocks, warpgroups, neighbours)
+    rng = np.random.default_rng(5)
+    tops = np.float32(5 * rng.normal(size=(x.members, columns)))
+    totals = np.float32(rng.uniform(1, 9, size=tops.shape))
+    mixed = np.float32(rng.normal(size=(x.members, features, columns)))
+    # One that had nothing to do, and a head of which nobody has seen anything.
+    tops[-1], totals[-1], mixed[-1] = strips.LOWEST, 0, 0
+    tops[:, 1], totals[:, 1], mixed[:, :, 1] = strips.LOWEST, 0, 0
+    mixed[:, head_dim:] = np.nan  # are not looked at
+    pieces, weights = (
+        [np.full(size, 255, np.uint8) for _ in range(blocks)]  # NaN
+        for size in (x.each * x.members * 512, x.members * x.eights * 64)
+    )
+    came = np.zeros(blocks, int)
+    for member in range(x.members):
+        memory = (pieces, weights, came) if blocks > 1 else (pieces[0], weights[0])
+        thread = np.arange(128)
+        at = [8 * eight + 2 * (thread % 4) for eight in range(x.eights)]
+        of_heads = [
+            [np.stack([y[c], y[c + 1]], 1) for c in at] for y in (tops[member], totals[member])
+        ]
+        values = in_registers(mixed[member])
+        strips.emit_send(Simulated(), x, memory, np.full(128, member), of_heads, values)
+    found = np.zeros(heads * head_dim * np.dtype(dtype).itemsize, np.uint8)
+    scale = np.float32(0.01) if np.dtype(dtype).itemsize == 1 else None
+    rows = places.Rows(found, (heads, head_dim), np.dtype(dtype).itemsize, np.float16, scale)
+    for block, warpgroup in np.ndindex(blocks, warpgroups):
+        mine = min(max(x.all - block * x.each, 0), x.each)
+        if blocks > 1:  # as `open` tells the barrier
+            assert came[block] == mine * x.members * 512 + x.members * x.eights * 64
+        place = (np.full(128, block), np.full(128, warpgroup))
+        memory = pieces[block], weights[block]
+        strips.emit_collect(
+            Simulated(dtype), x, memory, *place, np.full(128, 1.5, np.float32), rows
+        )
+    share = np.exp2(tops - tops.max(0)).astype(np.float64)
+    total = (share * totals).sum(0)
+    terms = 1.5 * share[:, None] * mixed / np.where(total > 0, total, 1)
+    y, size = terms.sum(0), np.abs(terms).sum(0)
+    y, size = (
+        (np.asarray(narrow.rows(jnp.asarray(z))) if neighbours == 2 else z.T)[:heads, :head_dim]
+        for z in (y, size)
+    )
+    # Sums and 2 ** x are float32. What is rounded is float16, and e4m3 once more: half a unit, or
+    # half of the smallest number.
+    error = 2.0**-11 * np.abs(y) + 2.0**-25 + 2.0**-20 * size
+    if scale is not None:
+        y, error = np.clip(y / scale, -448, 448), error / scale
+        error = error + 2.0**-4 * (np.abs(y) + error) + 2.0**-10
+    off = np.abs(found.view(dtype).reshape(y.shape).astype(np.float64) - y)
+    assert (off <= error).all()
 
 
 SHAPES = [(1, 8, 4, 128, 64, 16), (64, 8, 8, 128, 64, 64), (16, 1, 71, 64, 64, 64)]
@@ -549,6 +703,13 @@ def test_calls_that_do_not_fit_together():
         ((q, k, v, table, lengths), {"alibi_slopes": jnp.ones(3)}, "alibi_slopes"),
         ((q, k, v, table, lengths), {"window": 0}, "window"),
         ((q, k, v, table, lengths), {"soft_cap": 0.0}, "soft_cap"),
+        ((q, k, v, table, lengths), {"out_dtype": jnp.int8}, "needs an out_scale"),
+        ((q, k, v, table, lengths), {"out_scale": jnp.float32(1)}, "out_dtype int8"),
+        (
+            (q, k, v, table, lengths),
+            {"out_dtype": jnp.int8, "out_scale": jnp.ones(3)},
+            "out_scale",
+        ),
     ):
         with pytest.raises(ValueError, match=reason):
             call(*arguments, **static)

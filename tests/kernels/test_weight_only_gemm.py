@@ -1,5 +1,6 @@
 """The Hopper weight-only kernels in the interpreter, against float64; and their packed layout."""
 
+import dataclasses
 import functools
 
 import jax
@@ -148,6 +149,63 @@ def test_a_residual(tokens, config, out_dtype):
     added = np.asarray(bias, np.float64) + np.asarray(residual.astype(jnp.float32), np.float64)
     unit = UNIT["bfloat16"] if rounds_weights(config, 128) else 0
     check(y, x, float64(*arrays), added, UNIT[out_dtype], unit)
+
+
+def rms_norm(h, gain, eps):
+    return h / np.sqrt((h * h).mean(-1, keepdims=True) + eps) * gain
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize("config", [STREAM, CLUSTER], ids=["stream", "cluster"])
+def test_a_norm_between_two_products(tokens, config):
+    eps, out, last = 1e-5, 192, 128
+    first, second = weight(out, 256, "int4", 64), weight(last, out, "int8", None, seed=4)
+    x = activations(tokens, 256, jnp.bfloat16)
+    residual = activations(tokens, out, jnp.bfloat16, seed=5) * 30
+    gain = activations(1, out, jnp.bfloat16, seed=6)[0]
+    bias = activations(1, out, jnp.bfloat16, seed=7)[0]
+    config = dataclasses.replace(config, tokens=64 if tokens > 16 else config.tokens)
+    how = {"config": config, "interpret": True}
+    summed = mosaic.residual_gemm(x, api.prepare(*first), bias, residual, gain, **how)
+    wide = [np.asarray(a.astype(jnp.float32), np.float64) for a in (x, residual, gain, bias)]
+    h = wide[0] @ float64(*first).T + wide[1] + wide[3]
+    total, scaled, squares = (np.asarray(a.astype(jnp.float32), np.float64) for a in summed)
+    # Weights times scales, and results, are rounded to 8 bits; products add at random.
+    largest = np.abs(h).max(-1, keepdims=True)
+    assert (np.abs(total - h) < 2**-8 * largest).all()
+    assert (np.abs(scaled - h * wide[2]) < 2**-7 * np.abs(h * wide[2]).max()).all()
+    np.testing.assert_allclose(squares.sum(0)[:tokens], (h * h).sum(-1), rtol=2**-7)
+
+    y = mosaic.prepared_gemm(
+        summed[1], api.prepare(*second), out_dtype=jnp.float32, squares=summed[2], eps=eps,
+        **how | {"config": dataclasses.replace(config, tiles=1)},
+    )  # fmt: skip
+    expected = rms_norm(total, wide[2], eps) @ float64(*second).T
+    # A norm's input is off by 2^-9 in each of `out` features, and so is what it is scaled to.
+    bound = 2**-8 * np.abs(rms_norm(total, wide[2], eps)) @ np.abs(float64(*second)).T
+    np.testing.assert_array_less(np.abs(y - expected), bound)
+
+    reference = api.residual_gemm(x, api.prepare(*first), residual, gain, bias)
+    np.testing.assert_allclose(reference.total.astype(jnp.float32), total, atol=2**-7 * h.max())
+    z = api.prepared_gemm(
+        reference.scaled, api.prepare(*second), out_dtype=jnp.float32,
+        squares=reference.squares, eps=eps,
+    )  # fmt: skip
+    np.testing.assert_array_less(np.abs(z - y), 2 * bound)
+
+
+def test_what_a_norm_refuses():
+    values = api.prepare(*weight(64, 128, "int4", 64))
+    x, residual = activations(65, 128, jnp.bfloat16), activations(65, 64, jnp.bfloat16)
+    gain = activations(1, 64, jnp.bfloat16)[0]
+    with pytest.raises(NotImplementedError, match="65 tokens with a norm; at most 64"):
+        mosaic.residual_gemm(x, values, None, residual, gain, interpret=True)
+    with pytest.raises(ValueError, match=r"gain is \(65,\); it must be \(64,\)"):
+        api.residual_gemm(x, values, residual, jnp.ones(65))
+    with pytest.raises(
+        ValueError, match=r"squares is \(3, 64\); it must be \(parts, at least 65\)"
+    ):
+        api.prepared_gemm(x, values, squares=jnp.ones((3, 64)), eps=1e-5, out_dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize("config", [STREAM, TILED], ids=["stream", "tiled"])

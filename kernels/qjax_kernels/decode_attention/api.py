@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from qjax_kernels.decode_attention import mosaic, triton, xla
 from qjax_kernels.dispatch import dispatch
+from qjax_kernels.row_quant import RANGES
 
 IMPLEMENTATIONS = {
     "mosaic": mosaic.decode_attention,
@@ -28,6 +29,8 @@ def decode_attention(
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
+    out_scale: jax.Array | None = None,
+    out_dtype: jnp.dtype | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """softmax(cap(scale * q k.T) + bias) v for one query a sequence.
@@ -39,6 +42,9 @@ def decode_attention(
         s[t] = cap(scale * sum_d q[b, h, d] K[t, d]) + alibi_slopes[h] * (t - (n - 1))
         y[b, h] = sum_t softmax(s)[t] V[t],  over t with n - window <= t < n
         cap(x) = soft_cap * tanh(x / soft_cap)
+
+    With an out_scale the result is round(y / out_scale), half to even, clipped to the range of
+    out_dtype, of y as it would be returned otherwise: what `quantize_rows` makes of that.
 
     The query is the token at position n - 1, whose key and value are in the cache already. Sums
     are float32; softmax weights are rounded to the type that is multiplied: that of the cache, or
@@ -61,13 +67,15 @@ def decode_attention(
       scale: None: head_dim ** -0.5.
       window: positions that are seen, the last ones; None: all.
       soft_cap: None: no cap.
+      out_scale: float32 [] or [1, 1], known beforehand; None: the result is in the dtype of q.
+      out_dtype: of the result with an out_scale: int8 or float8_e4m3fn; else None or that of q.
       implementation: a name of IMPLEMENTATIONS; None: the first that takes the call. 'mosaic' takes
         pages of 8, 16, 32 or a multiple of 64 tokens, of which 64 or more are faster; a cache that
         is not paged may have any length that is a multiple of 8. 'triton' takes all pages, on GPUs
         from compute capability 8.0 on.
 
     Returns:
-      [batch, heads, head_dim] in the dtype of q.
+      [batch, heads, head_dim] in the dtype of q, or in out_dtype.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together.
@@ -82,6 +90,16 @@ def decode_attention(
         if x is not None and (x.shape not in shapes or x.dtype != jnp.float32):
             allowed = " or ".join(map(str, shapes))
             raise ValueError(f"{name} is {x.dtype}{x.shape}; it must be float32{allowed}")
+    out_dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
+    if out_scale is None and out_dtype != q.dtype:
+        raise ValueError(f"a result of {out_dtype.name} for q of {q.dtype} needs an out_scale")
+    if out_scale is not None and (
+        out_dtype not in RANGES or out_scale.dtype != jnp.float32 or out_scale.size != 1
+    ):
+        raise ValueError(
+            f"out_scale {out_scale.dtype}{out_scale.shape} must be float32 [] or [1, 1], and "
+            f"out_dtype int8 or float8_e4m3fn, not {out_dtype.name}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1")
     if soft_cap is not None and not soft_cap > 0:
@@ -101,6 +119,8 @@ def decode_attention(
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         window=window,
         soft_cap=None if soft_cap is None else float(soft_cap),
+        out_scale=None if out_scale is None else out_scale.reshape(1),
+        out_dtype=out_dtype,
     )
 
 

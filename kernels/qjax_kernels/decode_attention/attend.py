@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax_kernels.decode_attention.problem import Buffers, Inputs, Problem, Ref, Run, of_head
+from qjax_kernels.decode_attention.problem import Buffers, Inputs, Problem, Ref, Run
 
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # of a running maximum: finite, so that differences are numbers
@@ -24,20 +24,29 @@ LOWEST = -1e30  # of a running maximum: finite, so that differences are numbers
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """The work of warpgroup `index` of a block, with `stages` slots."""
+    """The work of warpgroup `index` of a block, with `stages` slots.
+
+    If `early`, everything is asked for before it is known whether it is needed: queries also of a
+    run without steps.
+    """
 
     problem: Problem
     inputs: Inputs
     buffers: Buffers
     stages: int
     index: Any
+    early: bool = False
 
     def start(self, run: Run) -> None:
         """Load the queries and the first steps. All slots must be free."""
         problem, buffers = self.problem, self.buffers
         there = buffers.queries_there.at[self.index]
 
-        @pl.when(run.count > 0)
+        steps = [run.count * 0 + step for step in range(self.stages)]
+        # Asked for before it is known that there are so many: one wait for memory, not two.
+        pages = [self._pages(run, step) for step in steps]
+
+        @self._if_any(run)
         def _() -> None:
             heads = pl.ds(run.head * problem.group, problem.operands.columns)
             source = self.inputs.queries.at[run.sequence, heads]
@@ -47,18 +56,31 @@ class Attention:
                 source = self.inputs.slopes.at[heads]  # type: ignore[union-attr]
                 plgpu.copy_gmem_to_smem(source, slopes, there)
 
-        steps = [run.count * 0 + step for step in range(self.stages)]
-        # Read before it is known that there are so many: one wait for memory instead of two.
-        pages = [self._pages(run, step) for step in steps]
         for slot, step in enumerate(steps):
 
-            @pl.when(run.count > step)
+            @pl.when(self._has(run, step))
             def _(slot: int = slot, step: jax.Array = step) -> None:
                 self._fetch(run, step, pages[slot], slot, keys=True)
                 self._fetch(run, step, pages[slot], slot, keys=False)
 
-    def finish(self, run: Run) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def of_head(self, scale: Ref | None, head: jax.Array) -> jax.Array | None:
+        """The number of a KV head, or the one that there is for all; asked for here."""
+        if scale is None:
+            return None
+        return self.read(scale, head if scale.shape[0] > 1 else head * 0)
+
+    def read(self, ref: Ref, *index: jax.Array) -> jax.Array:
+        """One number, `early` or where the compiler wants it."""
+        return self.problem.operands.read(ref, *index) if self.early else ref[index]
+
+    def finish(
+        self, run: Run, key_scale: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Attend to what `start` began to load.
+
+        Args:
+          run: as `start` had it.
+          key_scale: `of_head` of it.
 
         Returns:
           top [columns], the largest score of each head in units of log 2; total [columns], the sum
@@ -70,15 +92,15 @@ class Attention:
         queries, weights_buffer = buffers.queries.at[wg], buffers.weights.at[wg]
         scratch = buffers.reduced.at[wg]
 
-        @pl.when(run.count > 0)
+        @self._if_any(run)
         def _() -> None:
             plgpu.barrier_wait(buffers.queries_there.at[wg])
             operands.put_queries(buffers.raw_queries.at[wg], queries)
             plgpu.commit_smem()
 
         factor: Any = problem.scale * LOG2_E / (problem.soft_cap or 1.0)
-        if self.inputs.key_scale is not None:
-            factor = of_head(self.inputs.key_scale, run.head) * factor
+        if key_scale is not None:
+            factor = key_scale * factor
 
         def step(i: jax.Array, carry: tuple) -> tuple:
             top, total, mixed, slot, pages = carry
@@ -90,7 +112,7 @@ class Attention:
             def _() -> None:
                 self._fetch(run, ahead, pages, slot, keys=True)
 
-            begin = (run.first + i) * operands.tokens
+            begin = run.at(i) * operands.tokens
             scores = self._seen(run, begin, scores * factor)
             new_top = jnp.maximum(top, operands.over_tokens(scores, "max", scratch))
             shrink = jnp.exp2(top - new_top)
@@ -120,6 +142,15 @@ class Attention:
         top, total, mixed, *_ = lax.fori_loop(0, run.count, step, carry)
         return top, operands.over_tokens(total, "add", scratch), mixed
 
+    def _if_any(self, run: Run) -> Any:
+        return (lambda body: body()) if self.early else pl.when(run.count > 0)
+
+    def _has(self, run: Run, step: jax.Array) -> jax.Array:
+        """Whether a run has a step; of one in a hurry, without counting its steps."""
+        if self.early:
+            return run.at(step) * self.problem.operands.tokens < run.length
+        return run.count > step
+
     def _pages(self, run: Run, step: jax.Array) -> tuple[jax.Array, ...]:
         """The table's entries for a step; any entries for one that the run has not."""
         problem, table = self.problem, self.inputs.table
@@ -127,16 +158,17 @@ class Attention:
             return (run.sequence,)
         if problem.pages == 1:
             return (table[run.sequence, run.head * 0],)
+        read = self.read
         if problem.boxes == 1:
-            index = (run.first + step) // (problem.page_size // problem.operands.tokens)
-            return (table[run.sequence, jnp.minimum(index, problem.pages - 1)],)
+            index = run.at(step) // (problem.page_size // problem.operands.tokens)
+            return (read(table, run.sequence, jnp.minimum(index, problem.pages - 1)),)
         # Of a step's pages some may hold nothing that is seen, and their entries anything: the
         # nearest page that is seen takes their place.
         last = jnp.maximum(run.length - 1, 0) // problem.page_size
         first = problem.begin(run.length) // problem.page_size
-        indices = [(run.first + step) * problem.boxes + box for box in range(problem.boxes)]
+        indices = [run.at(step) * problem.boxes + box for box in range(problem.boxes)]
         indices = [jnp.minimum(jnp.maximum(index, first), last) for index in indices]
-        return tuple(table[run.sequence, index] for index in indices)
+        return tuple(read(table, run.sequence, index) for index in indices)
 
     def _fetch(self, run: Run, step: jax.Array, pages: tuple, slot: Any, *, keys: bool) -> None:
         problem, operands, buffers = self.problem, self.problem.operands, self.buffers
@@ -145,7 +177,7 @@ class Attention:
             if keys
             else (self.inputs.values, buffers.values, buffers.values_there)
         )
-        start = (run.first + step) * operands.tokens
+        start = run.at(step) * operands.tokens
         if problem.boxes > 1:
             start = run.head * 0
         elif problem.pages > 1:

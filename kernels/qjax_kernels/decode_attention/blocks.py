@@ -1,7 +1,7 @@
 """A block, or a cluster of blocks, for each sequence and KV head.
 
-Its warpgroups take equal parts of the sequence and merge their results in shared memory, across the
-blocks of a cluster too. One launch.
+Its warpgroups take the steps of the sequence in turn and add up what they found, across the blocks
+of a cluster too. One launch.
 """
 
 import functools
@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qjax_kernels.decode_attention import launch, threads
 from qjax_kernels.decode_attention.attend import Attention
 from qjax_kernels.decode_attention.config import Config
+from qjax_kernels.decode_attention.exchange import Exchange
 from qjax_kernels.decode_attention.problem import Buffers, Inputs, Problem, Ref, Run
 
 IN_REGISTERS = 64 * 128  # floats that a warpgroup merges at a time
@@ -24,47 +25,63 @@ IN_REGISTERS = 64 * 128  # floats that a warpgroup merges at a time
 def blocks(inputs: Inputs, problem: Problem, config: Config) -> jax.Array:
     """[batch, heads, head_dim] of `inputs`, which are arrays."""
     operands, warpgroups = problem.operands, config.warpgroups
-    members = config.cluster * warpgroups
+    members, pairs = config.cluster * warpgroups, problem.batch * problem.kv_heads
+    exchange = Exchange(
+        operands.head_dim, operands.columns, config.cluster, warpgroups, operands.neighbours
+    )
+    # The interpreter has no sending: there the results are fetched.
+    sends = members > 1 and config.push and not operands.interpret
 
     def decode_attention_blocks(inputs: Inputs, out: Ref, scratch: dict[str, Ref]) -> None:
+        if sends:
+            exchange.open(scratch)
         pair = lax.axis_index("pair")
         sequence, head = pair // problem.kv_heads, pair % problem.kv_heads
-        warpgroup = lax.axis_index("warpgroup") if warpgroups > 1 else 0
-        member = warpgroup
-        if config.cluster > 1:
-            member = lax.axis_index("block") * warpgroups + warpgroup
-        length = inputs.lengths[sequence]
+        warpgroup = lax.axis_index("warpgroup") if warpgroups > 1 else pair * 0
+        block = lax.axis_index("block") if config.cluster > 1 else pair * 0
+        member = block * warpgroups + warpgroup
+        attention = Attention(
+            problem, inputs, launch.buffers(scratch), config.stages, warpgroup, early=True
+        )
+        length = attention.read(inputs.lengths, sequence)
         first, count = problem.steps(length)
         if members > 1:
-            share = (count + (members - 1)) // members
-            skipped = jnp.minimum(member * share, count)
-            first, count = first + skipped, jnp.minimum(share, count - skipped)
-        attention = Attention(problem, inputs, launch.buffers(scratch), config.stages, warpgroup)
-        run = Run(sequence, head, length, first, count)
+            # In turn: where a warpgroup begins does not depend on the length then.
+            count = jnp.maximum(count - member + (members - 1), 0) // members
+        run = Run(sequence, head, length, first + member, count, stride=members)
         attention.start(run)
-        top, total, mixed = attention.finish(run)
+        key_scale, value_scale, out_scale = (
+            attention.of_head(scale, head)
+            for scale in (inputs.key_scale, inputs.value_scale, inputs.out_scale)
+        )
+        rows = out.at[sequence, pl.ds(head * problem.group, problem.group)]
+        result = attention.finish(run, key_scale)
 
         def write(total: jax.Array, mixed: jax.Array) -> None:
-            rows = out.at[sequence, pl.ds(head * problem.group, problem.group)]
-            operands.put_rows(
-                launch.normalized(inputs.value_scale, head, total, mixed), rows, pair * 0
-            )
+            mixed = launch.normalized(value_scale, total, mixed)
+            operands.put_rows(mixed, rows, pair * 0, out_scale)
 
         if members == 1:
-            write(total, mixed)
+            write(*result[1:])
+        elif sends:
+            exchange.send(scratch, member, result)
+            factor = jnp.float32(1) if value_scale is None else value_scale
+            exchange.collect(scratch, block, warpgroup, rows, factor, out_scale, operands.query)
         else:
-            _merge(config, scratch, warpgroup, member, (top, total, mixed), write)
+            _merge(config, scratch, warpgroup, member, result, write)
 
     scratch = Buffers.scratch(problem, warpgroups, config.stages, inputs.slopes is not None)
-    if members > 1:
+    if sends:
+        scratch |= exchange.scratch()
+    elif members > 1:
         scratch |= _parts(config, operands.features, operands.columns, operands.interpret)
     return launch.call(
         decode_attention_blocks,
         inputs,
         problem,
-        jax.ShapeDtypeStruct(inputs.queries.shape, inputs.queries.dtype),
+        jax.ShapeDtypeStruct(inputs.queries.shape, problem.out),
         scratch,
-        grid=(problem.batch * problem.kv_heads,),
+        grid=(pairs,),
         grid_names=("pair",),
         warpgroups=warpgroups,
         cluster=config.cluster,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax_kernels.decode_attention.problem import Buffers, Problem, Ref, of_head
+from qjax_kernels.decode_attention.problem import Buffers, Problem, Ref
 
 
 def call(
@@ -29,7 +29,7 @@ def call(
     Args:
       body: takes references where `inputs` has arrays, a reference or a list of them for
         `out_type`, and a dict of references for `scratch`.
-      inputs: a dataclass of arrays, or None.
+      inputs: a dataclass of arrays, tuples of arrays, and None.
       problem: says whether to interpret.
       out_type: a type, or a list of types, of results.
       scratch: by name.
@@ -37,12 +37,12 @@ def call(
       warpgroups: of a block; axis 'warpgroup' if there are several.
       cluster: blocks of a cluster; axis 'block' if there are several.
     """
-    given = {name: x for name, x in vars(inputs).items() if x is not None}
+    given, tree = jax.tree.flatten(dict(vars(inputs)))
 
     def flat(*refs: Ref, **scratch: Ref) -> None:
         outs = refs[len(given) :]
         body(
-            dataclasses.replace(inputs, **dict(zip(given, refs, strict=False))),
+            dataclasses.replace(inputs, **jax.tree.unflatten(tree, refs[: len(given)])),
             outs[0] if len(outs) == 1 else outs,
             scratch,
         )
@@ -63,7 +63,7 @@ def call(
         interpret=plgpu.InterpretGPUParams() if problem.operands.interpret else None,
         **axes,
     )
-    return kernel(*given.values())
+    return kernel(*given)
 
 
 def buffers(scratch: dict[str, Ref]) -> Buffers:
@@ -72,11 +72,9 @@ def buffers(scratch: dict[str, Ref]) -> Buffers:
     return Buffers(**{name: scratch[name] for name in names})
 
 
-def normalized(
-    value_scale: Ref | None, head: jax.Array, total: jax.Array, mixed: jax.Array
-) -> jax.Array:
+def normalized(value_scale: jax.Array | None, total: jax.Array, mixed: jax.Array) -> jax.Array:
     """mixed / total with the value scale; 0 where nothing was seen."""
     factor = jnp.where(total > 0, 1.0 / total, 0.0)
     if value_scale is not None:
-        factor = factor * of_head(value_scale, head)
+        factor = factor * value_scale
     return mixed * lax.broadcast_in_dim(factor, mixed.shape, [1])

@@ -4,7 +4,9 @@ Two kernels share what a warpgroup does (`attend`) and differ in who does what: 
 launch, `persistent` is balanced for any lengths. The configuration says which.
 """
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +37,12 @@ def decode_attention(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    out_scale: jax.Array | None = None,
+    out_dtype: np.dtype | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `api.decode_attention`; scales are [1] or [kv_heads] here.
+    """See `api.decode_attention`; scales are [1] or [kv_heads] here, out_scale [1].
 
     Args:
       config: None: that of the tuned table, or the first of `candidates`.
@@ -60,8 +64,25 @@ def decode_attention(
             f"steps of {config.tokens} tokens and pages of {page_size}: a page must have 8, 16, 32 "
             f"or a multiple of {config.tokens} tokens, or a multiple of 8 if it is the only one"
         )
-    arrays = (q, k_pages, v_pages, block_table, lengths, k_scale, v_scale, alibi_slopes)
-    return _run(arrays, scale, window, soft_cap, config, cores, interpret)
+    scales = (k_scale, v_scale, alibi_slopes, out_scale)
+    arrays = (q, k_pages, v_pages, block_table, lengths, *scales)
+    static = Static(
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        out=np.dtype(q.dtype if out_dtype is None else out_dtype),
+    )
+    return _run(arrays, static, config, cores, interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What `Problem` has of the same names."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    out: np.dtype
 
 
 def _check(q: jax.Array, k_pages: jax.Array) -> None:
@@ -84,12 +105,10 @@ def _check(q: jax.Array, k_pages: jax.Array) -> None:
         )
 
 
-@partial(jax.jit, static_argnums=range(1, 7))
+@partial(jax.jit, static_argnums=range(1, 5))
 def _run(
-    arrays: tuple[jax.Array | None, ...],
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    arrays: tuple[Any, ...],
+    static: Static,
     config: Config,
     cores: int,
     interpret: bool,
@@ -111,9 +130,7 @@ def _run(
         kv_heads=kv_heads,
         page_size=page_size,
         pages=1 if inputs.table is None else inputs.table.shape[1],
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
+        **vars(static),
     )
     if config.persistent:
         return persistent(inputs, problem, config, cores)

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax_kernels.decode_attention.threads import F16_MAX, Memory, Threads, Value, offset
+from qjax_kernels.decode_attention.places import offset
+from qjax_kernels.decode_attention.threads import F16_MAX, Memory, Threads, Value
 
 
 def _summed_order(x: jax.Array) -> jax.Array:

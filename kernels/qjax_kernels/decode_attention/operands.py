@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax_kernels.decode_attention import narrow, threads
+from qjax_kernels.decode_attention import narrow, places, threads
+from qjax_kernels.row_quant import quantize_rows
 
 Ref = Any
 THREADS = threads.Threads()
-SCRATCH = 512  # floats in which the warps of a warpgroup exchange what they reduced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Operands:
         """The maximum ('max') or the sum ('add') of x [rows, columns] over the rows.
 
         Pallas keeps one piece of shared memory for this in a block, which warpgroups would write
-        at once: each has its own `scratch`, of `SCRATCH` floats.
+        at once: each has its own `scratch`, of `config.scratch_floats`.
         """
         if self.interpret:
             return x.max(0) if operation == "max" else x.sum(0)
@@ -148,26 +148,56 @@ class Operands:
         types = layout, plgpu.RefType(())
         return plgpu.inline_mgpu(arg_types=types, return_type=out)(emit)(x, scratch)
 
-    def put_rows(self, mixed: jax.Array, rows: Ref, start: jax.Array) -> None:
+    @property
+    def neighbours(self) -> int:
+        """How `mix` orders features, as `places.emit_put_rows` has it."""
+        return 2 if self.narrow else 1
+
+    def read(self, ref: Ref, *index: jax.Array) -> jax.Array:
+        """One number of 32 bits from global memory, asked for here: left alone, the compiler asks
+        where the number is first needed, and what could have been one wait becomes several."""
+        if self.interpret:
+            return ref[index]
+        dtype, widths = ref.dtype, ref.shape[1:]
+
+        def emit(context: Any, ref: Any, *index: Any) -> Any:
+            del context
+            place, *rest = (i.registers.item() for i in index)
+            for i, width in zip(rest, widths, strict=True):
+                place = THREADS.add(THREADS.mul(place, width), i)
+            signed = True if dtype == jnp.int32 else None
+            return FragmentedArray.splat(THREADS.read_word(ref, place), (), is_signed=signed)
+
+        types = plgpu.RefType(()), *[plgpu.Layout.WG_SPLAT] * len(index)
+        out = plgpu.ShapeDtypeStruct((), dtype, layout=plgpu.Layout.WG_SPLAT)
+        return plgpu.inline_mgpu(arg_types=types, return_type=out)(emit)(ref, *index)
+
+    def put_rows(
+        self, mixed: jax.Array, rows: Ref, start: jax.Array, scale: jax.Array | None
+    ) -> None:
         """Store features from `start` on of what `mix` returned, in their true order, as columns of
-        rows [group, head_dim] of global memory."""
+        rows [group, head_dim] of global memory; of 8 bits with a scale."""
         if self.interpret:
             x = narrow.rows(mixed) if self.narrow else mixed.T
-            x = x[: rows.shape[0]].astype(rows.dtype)
+            x = x[: rows.shape[0]].astype(self.query)
+            if scale is not None:
+                x = quantize_rows(x.astype(jnp.float32), rows.dtype, scale, group_sums=False)[0]
             full = jnp.pad(rows[...], ((0, 0), (0, self.features - self.head_dim)))
             rows[...] = lax.dynamic_update_slice(full, x, (start * 0, start))[:, : self.head_dim]
             return
+        shape, itemsize = rows.shape, rows.dtype.itemsize
 
-        def emit(context: Any, mixed: Any, rows: Any, start: Any) -> None:
+        def emit(context: Any, mixed: Any, memory: Any, start: Any, *scale: Any) -> None:
             del context
-            start = start.registers.item()
-            shape = tuple(rows.type.shape)
+            step = scale[0].registers.item() if scale else None
+            rows = places.Rows(memory, shape, itemsize, self.query, step)
             registers = mixed.registers.reshape(-1, self.columns // 8, 2)
-            neighbours = 2 if self.narrow else 1
-            threads.emit_put_rows(THREADS, registers, rows, shape, start, neighbours)
+            first = start.registers.item()
+            places.emit_put_rows(THREADS, registers, rows, first, self.neighbours)
 
-        types = plgpu.Layout.WGMMA, plgpu.RefType(()), plgpu.Layout.WG_SPLAT
-        plgpu.inline_mgpu(arg_types=types)(emit)(mixed, rows, start)
+        scales = [] if scale is None else [scale]
+        types = plgpu.Layout.WGMMA, plgpu.RefType(()), *[plgpu.Layout.WG_SPLAT] * (1 + len(scales))
+        plgpu.inline_mgpu(arg_types=types)(emit)(mixed, rows, start, *scales)
 
     def clear(self, values: Ref, low: jax.Array, high: jax.Array) -> None:
         """Zero the values of all tokens but low .. high of a step."""
@@ -184,7 +214,7 @@ class Operands:
         bounds = low.registers.item(), high.registers.item()
         row_bytes = self.values_width * self.cache.itemsize
         swizzle = self.swizzle if self.cache_transforms else None
-        threads.emit_clear_rows(THREADS, values, bounds, (self.tokens, row_bytes), swizzle)
+        places.emit_clear_rows(THREADS, values, bounds, (self.tokens, row_bytes), swizzle)
 
     def _convert(self, cache: Ref, plain: Any, emit: Any) -> jax.Array:
         if self.interpret:
@@ -212,7 +242,7 @@ class Operands:
         [tile, _] = self._right_transforms(self.head_dim)
         shape = (self.columns, self.head_dim)
         convert = narrow.emit_query_pair if self.narrow else None
-        threads.emit_put_queries(THREADS, raw, queries, shape, 2 * tile.tiling[1], convert)
+        places.emit_put_queries(THREADS, raw, queries, shape, 2 * tile.tiling[1], convert)
 
 
 def tiled(swizzle: int, dtype: np.dtype) -> tuple:

@@ -30,6 +30,7 @@ class Shares:
     mixes: Any
     lengths: Any
     value_scale: Any
+    out_scale: Any
 
 
 def persistent(inputs: Inputs, problem: Problem, config: Config, cores: int) -> jax.Array:
@@ -57,7 +58,8 @@ def _shares(inputs: Inputs, problem: Problem, config: Config, workers: int) -> S
         def segment(place: Place) -> Place:
             step, sequence, start = place
             run, index = schedule.run(step, end, sequence, start)
-            top, total, mixed = attention.finish(run)
+            key_scale = attention.of_head(inputs.key_scale, run.head)
+            top, total, mixed = attention.finish(run, key_scale)
             step = step + run.count
             sequence, start = schedule.next_at(step, sequence, start)
             # What comes next is under way before this is written.
@@ -87,7 +89,7 @@ def _shares(inputs: Inputs, problem: Problem, config: Config, workers: int) -> S
         warpgroups=warpgroups,
     )
     tops, totals, mixes = found
-    return Shares(tops, totals, mixes, inputs.lengths, inputs.value_scale)
+    return Shares(tops, totals, mixes, inputs.lengths, inputs.value_scale, inputs.out_scale)
 
 
 def _merged(
@@ -107,16 +109,20 @@ def _merged(
         step = schedule.before(sequence) + head * count
         first, last = step // share, (step + jnp.maximum(count, 1) - 1) // share
         number = jnp.where(count > 0, last - first + 1, 0)
+        value_scale, out_scale = (
+            None if x is None else x[head if x.shape[0] > 1 else head * 0]
+            for x in (shares.value_scale, shares.out_scale)
+        )
         total, mixed = _sum(shares, pair + first, number, block * 64, columns)
         rows = out.at[sequence, pl.ds(head * problem.group, problem.group)]
-        mixed = launch.normalized(shares.value_scale, head, total, mixed)
-        problem.operands.put_rows(mixed, rows, block * 64)
+        mixed = launch.normalized(value_scale, total, mixed)
+        problem.operands.put_rows(mixed, rows, block * 64, out_scale)
 
     return launch.call(
         decode_attention_merge,
         shares,
         problem,
-        jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        jax.ShapeDtypeStruct(queries.shape, problem.out),
         {},
         grid=(problem.batch * problem.kv_heads, problem.operands.features // 64),
         grid_names=("pair", "features"),

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax_kernels.decode_attention.operands import SCRATCH, Operands
+from qjax_kernels.decode_attention.config import scratch_floats
+from qjax_kernels.decode_attention.operands import Operands
 
 Ref = Any
 
@@ -22,6 +24,7 @@ class Problem:
       page_size: tokens of a page.
       pages: of a sequence, at most.
       scale, window, soft_cap: see the api.
+      out: dtype of the result.
     """
 
     operands: Operands
@@ -33,6 +36,7 @@ class Problem:
     scale: float
     window: int | None
     soft_cap: float | None
+    out: np.dtype
 
     @property
     def group(self) -> int:
@@ -67,6 +71,7 @@ class Inputs:
     key_scale: Ref | None = None
     value_scale: Ref | None = None
     slopes: Ref | None = None
+    out_scale: Ref | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Buffers:
             ),
             "queries": operands.queries_buffer(warpgroups),
             "weights": operands.weights_buffer(warpgroups),
-            "reduced": plgpu.SMEM((warpgroups, SCRATCH), jnp.float32),
+            "reduced": plgpu.SMEM((warpgroups, scratch_floats(operands.columns)), jnp.float32),
             "keys_there": plgpu.Barrier(num_barriers=slots, num_arrivals=problem.boxes),
             "values_there": plgpu.Barrier(num_barriers=slots, num_arrivals=problem.boxes),
             "queries_there": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=1 + slopes),
@@ -111,15 +116,16 @@ class Buffers:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Steps `first` .. `first + count` of a sequence's cache, for one KV head; traced int32."""
+    """Steps of a sequence's cache for one KV head: `count` of them, from `first` on every
+    `stride`-th; traced int32, but for the last."""
 
     sequence: jax.Array
     head: jax.Array
     length: jax.Array
     first: jax.Array
     count: jax.Array
+    stride: int = 1
 
-
-def of_head(scale: Ref, head: jax.Array) -> jax.Array:
-    """The number of a KV head, or the one that there is for all."""
-    return scale[head if scale.shape[0] > 1 else head * 0]
+    def at(self, step: Any) -> jax.Array:
+        """Number, in the sequence, of a step of the run."""
+        return self.first + (step if self.stride == 1 else step * self.stride)

@@ -32,6 +32,19 @@ class Threads:
         """x in every thread."""
         return utils.c(x, ir.IntegerType.get_signless(32))
 
+    def number(self, x: float) -> Value:
+        """x as float32 in every thread."""
+        return utils.c(x, ir.F32Type.get())
+
+    def repeat(
+        self, count: int, body: Callable[[Value, list[Value]], list[Value]], carry: list[Value]
+    ) -> list[Value]:
+        """body(i, carry) for i = 0, 1 ... count - 1, each with what the one before returned."""
+        if count == 1:
+            return body(self.constant(0), carry)
+        loop = utils.fori(self.constant(count), carry)(body)
+        return list(loop.results)
+
     def add(self, x: Value, y: Any) -> Value:
         """x + y."""
         return arith.addi(x, self.constant(y) if isinstance(y, int) else y)
@@ -72,11 +85,59 @@ class Threads:
         """Two 16-bit floats."""
         llvm.store(pair, _address(memory, byte))
 
-    def store_rounded(self, memory: Memory, byte: Value, values: list[Value]) -> None:
-        """Neighbouring floats, in the 16-bit type of the memory."""
+    def read_word(self, memory: Memory, index: Value) -> Value:
+        """A number of 32 bits from global memory. No pass moves the instruction."""
+        element, i32 = ir.MemRefType(memory.type).element_type, ir.IntegerType.get_signless(32)
+        address = utils.getelementptr(utils.memref_ptr(memory), [index], i32)
+        word = utils.inline_ptx(
+            "ld.relaxed.gpu.global.b32 $0, [$1];", address, result_types=i32, has_side_effects=True
+        )
+        return word if element == i32 else utils.bitcast(word, element)
+
+    def load_floats(self, memory: Memory, byte: Value, count: int) -> list[Value]:
+        """Neighbouring float32."""
+        kind = ir.VectorType.get((count,), ir.F32Type.get())
+        found = llvm.load(kind, _address(memory, byte))
+        return [self.part(found, i) for i in range(count)]
+
+    def store_floats(self, memory: Memory, byte: Value, values: list[Value]) -> None:
+        """Neighbouring float32."""
+        llvm.store(_vector(values), _address(memory, byte))
+
+    def send_floats(
+        self, memory: Memory, byte: Value, values: list[Value], block: Value, barrier: Memory
+    ) -> None:
+        """4 neighbouring float32, to the memory of another block of the cluster. That one's
+        barrier counts their bytes when they are there."""
+        targets = [_in_block(_address(x, at), block) for x, at in ((memory, byte), (barrier, None))]
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [targets[0], *values, targets[1]],
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+            "[$0], {$1, $2, $3, $4}, [$5];",
+            "r,f,f,f,f,r",
+            has_side_effects=True,
+        )
+
+    def store_rounded(
+        self,
+        memory: Memory,
+        byte: Value,
+        values: list[Value],
+        through: np.dtype,
+        scale: Value | None,
+    ) -> None:
+        """Neighbouring floats, 1 or 2, rounded to a 16-bit type. Memory of 8 bits gets what these
+        divided by the scale round to, which the ends of its range bound."""
         element = ir.MemRefType(memory.type).element_type
-        wide = utils.vector_concat(values) if len(values) > 1 else values[0]
-        rounded = arith.truncf(ir.VectorType.get((len(values),), element), wide)
+        rounded = arith.truncf(
+            ir.VectorType.get((len(values),), utils.dtype_to_ir_type(through)), _vector(values)
+        )
+        if scale is not None:
+            wide = arith.extf(ir.VectorType.get((len(values),), ir.F32Type.get()), rounded)
+            wide = [_divide(self.part(wide, i), scale) for i in range(len(values))]
+            convert = _to_int8 if isinstance(element, ir.IntegerType) else _to_e4m3
+            rounded = convert(wide)
         llvm.store(rounded, _address(memory, byte))
 
     def store_zeros(self, memory: Memory, byte: Value) -> None:
@@ -85,8 +146,34 @@ class Threads:
         llvm.store(zero, _address(memory, byte))
 
     def part(self, pair: Value, i: int) -> Value:
-        """One of two floats."""
-        return utils.vector_slice(pair, slice(i, i + 1))
+        """One of neighbouring floats."""
+        return llvm.extractelement(pair, utils.c(i, ir.IntegerType.get_signless(32)))
+
+    def plus(self, x: Value, y: Value) -> Value:
+        """x + y of float32."""
+        return arith.addf(x, y)
+
+    def minus(self, x: Value, y: Value) -> Value:
+        """x - y of float32."""
+        return arith.subf(x, y)
+
+    def times(self, x: Value, y: Value) -> Value:
+        """x * y of float32."""
+        return arith.mulf(x, y)
+
+    def larger(self, x: Value, y: Value) -> Value:
+        """The larger of two float32."""
+        return arith.maximumf(x, y)
+
+    def exp2(self, x: Value) -> Value:
+        """2 ** x of float32, to 22 bits."""
+        return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=x.type)
+
+    def one_over(self, x: Value) -> Value:
+        """1 / x of float32, 0 for x that is not positive."""
+        zero, one = (utils.c(i, x.type) for i in (0.0, 1.0))
+        positive = arith.cmpf(arith.CmpFPredicate.OGT, x, zero)
+        return arith.select(positive, arith.divf(one, x), zero)
 
     def to_f16(self, pair: Value) -> Value:
         """Two 16-bit floats as float16; beyond its range they saturate."""
@@ -132,118 +219,53 @@ def _pair(dtype: Any) -> Any:
     return ir.VectorType.get((2,), utils.dtype_to_ir_type(np.dtype(dtype)))
 
 
-def _address(memory: Memory, byte: Value) -> Value:
-    i8 = ir.IntegerType.get_signless(8)
-    return utils.getelementptr(utils.memref_ptr(memory), [byte], i8)
+def _vector(values: list[Value]) -> Value:
+    i32 = ir.IntegerType.get_signless(32)
+    found = llvm.mlir_undef(ir.VectorType.get((len(values),), ir.F32Type.get()))
+    for i, x in enumerate(values):
+        found = llvm.insertelement(found, x, utils.c(i, i32))
+    return found
 
 
-def offset(t: Threads, row: Value, byte: Value, row_bytes: int, swizzle: int | None) -> Value:
-    """Bytes from the start of a matrix in shared memory to byte `byte` of row `row`.
-
-    A swizzled matrix is cut into tiles of 8 rows by `swizzle` bytes; in a tile, the 16-byte chunk
-    of an address is exclusive-ored with the address's bits 7 and up.
-    """
-    if swizzle is None:
-        return t.add(t.mul(row, row_bytes), byte)
-    (block, row), (tile, byte) = t.divmod(row, 8), t.divmod(byte, swizzle)
-    start = t.add(t.mul(block, 8 * row_bytes), t.mul(tile, 8 * swizzle))
-    within = t.add(t.mul(row, swizzle), byte)
-    chunk = t.mul(t.divmod(t.divmod(within, 128)[0], swizzle // 16)[1], 16)
-    return t.add(start, t.xor(within, chunk))
+def _divide(x: Value, y: Value) -> Value:
+    """x / y of float32, correctly rounded, which is not what the compiler makes of a division."""
+    return utils.inline_ptx("div.rn.f32 $0, $1, $2;", x, y, result_types=x.type)
 
 
-def emit_put_queries(
-    t: Threads,
-    raw: Memory,
-    queries: Memory,
-    shape: tuple[int, int],
-    swizzle: int,
-    convert: Callable[[Threads, Value, Value], tuple[Value, Value]] | None,
-) -> None:
-    """Copy rows of 16-bit values to a swizzled matrix, a pair of neighbours at a time.
-
-    Args:
-      t: the threads.
-      raw: rows of `shape`.
-      queries: the matrix.
-      shape: rows, columns.
-      swizzle: bytes.
-      convert: (threads, pair, its column) -> (pair, its new column); None: as they are.
-    """
-    rows, columns = shape
-    pairs = rows * columns // 2
-    for start in range(0, pairs, 128):
-        index = t.add(t.index(), start)
-        with t.when(t.less(index, pairs)):
-            row, pair = t.divmod(index, columns // 2)
-            x, column = t.load_pair(raw, t.mul(index, 4)), t.mul(pair, 2)
-            if convert is not None:
-                x, column = convert(t, x, column)
-            where = offset(t, row, t.mul(column, 2), 2 * columns, swizzle)
-            t.store_pair(queries, where, x)
+def _to_e4m3(values: list[Value]) -> Value:
+    """1 or 2 float32 as e4m3 in the bits of an integer, the first one in the last bits."""
+    i16 = ir.IntegerType.get_signless(16)
+    pair = utils.inline_ptx(
+        "cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;", values[-1], values[0], result_types=i16
+    )
+    return pair if len(values) == 2 else arith.trunci(ir.IntegerType.get_signless(8), pair)
 
 
-def emit_clear_rows(
-    t: Threads,
-    matrix: Memory,
-    bounds: tuple[Value, Value],
-    shape: tuple[int, int],
-    swizzle: int | None,
-) -> None:
-    """Zero the rows of a matrix that are not between two bounds.
-
-    Args:
-      t: the threads.
-      matrix: in shared memory.
-      bounds: the first row that is kept, and the one behind the last.
-      shape: rows, bytes of a row.
-      swizzle: bytes; None: rows are contiguous.
-    """
-    rows, row_bytes = shape
-    low, high = bounds
-    chunks = row_bytes // 16
-    for start in range(0, rows * chunks, 128):
-        index = t.add(t.index(), start)
-        row, chunk = t.divmod(index, chunks)
-        outside = t.either(t.less(row, low), t.less(t.add(high, -1), row))
-        with t.when(outside), t.when(t.less(index, rows * chunks)):
-            t.store_zeros(matrix, offset(t, row, t.mul(chunk, 16), row_bytes, swizzle))
+def _to_int8(values: list[Value]) -> Value:
+    """1 or 2 float32 as int8, half to even, in the bits of an integer as above."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    low, high = utils.c(-128.0, f32), utils.c(127.0, f32)
+    bounded = [arith.minimumf(arith.maximumf(x, low), high) for x in values]
+    found = [utils.inline_ptx("cvt.rni.s32.f32 $0, $1;", x, result_types=i32) for x in bounded]
+    if len(found) == 1:
+        return arith.trunci(ir.IntegerType.get_signless(8), found[0])
+    first = arith.andi(found[0], utils.c(255, i32))
+    both = arith.ori(first, arith.shli(found[1], utils.c(8, i32)))
+    return arith.trunci(ir.IntegerType.get_signless(16), both)
 
 
-def emit_put_rows(
-    t: Threads,
-    mixed: np.ndarray,
-    rows: Memory,
-    shape: tuple[int, int],
-    start: Value,
-    neighbours: int,
-) -> None:
-    """Store the transpose of an accumulator [features, columns], as far as it is within `rows`.
+def _address(memory: Memory, byte: Value | None) -> Value:
+    base = utils.memref_ptr(memory)
+    if byte is None:
+        return base
+    return utils.getelementptr(base, [byte], ir.IntegerType.get_signless(8))
 
-    Args:
-      t: the threads.
-      mixed: registers [blocks of 64 rows, blocks of 8 columns, 2 halves of a warp's rows], each two
-        neighbouring columns.
-      rows: a contiguous matrix of a 16-bit type.
-      shape: its rows, at most the columns of `mixed`, and its columns, a multiple of 16.
-      start: the feature that the first row holds.
-      neighbours: rows i and i + 8 of every 16 hold features i and i + 8 (1), or features 2i and
-        2i + 1 (2).
-    """
-    heads, head_dim = shape
-    warp, lane = t.divmod(t.index(), 32)
-    i, c = t.divmod(lane, 4)
-    first = t.add(t.add(t.mul(warp, 16), t.mul(i, neighbours)), start)
-    for block, eight, column in np.ndindex(*mixed.shape[:2], 2):
-        head, feature = t.add(t.mul(c, 2), 8 * eight + column), t.add(first, 64 * block)
-        halves = [t.part(x, column) for x in mixed[block, eight]]
-        with t.when(t.less(head, heads)), t.when(t.less(feature, head_dim)):
-            where = t.mul(t.add(t.mul(head, head_dim), feature), 2)
-            if neighbours == 2:
-                t.store_rounded(rows, where, halves)
-            else:
-                for half, x in enumerate(halves):
-                    t.store_rounded(rows, t.add(where, 16 * half), [x])
+
+def _in_block(address: Value, block: Value) -> Value:
+    """The same address in the shared memory of another block of the cluster, 32 bits."""
+    i32 = ir.IntegerType.get_signless(32)
+    own = llvm.ptrtoint(i32, address)
+    return utils.inline_ptx("mapa.shared::cluster.u32 $0, $1, $2;", own, block, result_types=i32)
 
 
 def emit_synchronize_cluster(context: Any) -> None:

@@ -7,13 +7,21 @@ the keys are split over blocks.
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from qjax_kernels.prefill_attention.config import Config
 from qjax_kernels.prefill_attention.launch import attend, refuse
 from qjax_kernels.prefill_attention.triton import choose
+from qjax_kernels.quantize_rows.api import quantize_rows
 
 
-@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config", "interpret"))
+@partial(
+    jax.jit,
+    static_argnames=(
+        *("scale", "window", "soft_cap", "out_dtype"),
+        *("config", "interpret"),
+    ),
+)
 def decode_attention(
     q: jax.Array,
     k_pages: jax.Array,
@@ -27,10 +35,13 @@ def decode_attention(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    out_scale: jax.Array | None = None,
+    out_dtype: jnp.dtype | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `api.decode_attention`; scales are [1] or [kv_heads] here.
+    """See `api.decode_attention`; scales are [1] or [kv_heads] here. An out_scale takes another
+    kernel.
 
     Args:
       config: None: the first of `prefill_attention.config.candidates`.
@@ -65,4 +76,8 @@ def decode_attention(
         decode=True,
         interpret=interpret,
     )
-    return y.reshape(q.shape)
+    if out_scale is None:
+        return y.reshape(q.shape)
+    rows, step = y.reshape(q.shape[0], -1), out_scale.reshape(())
+    values = quantize_rows(rows, out_dtype=jnp.dtype(out_dtype), scale=step).values
+    return values.reshape(q.shape)

@@ -10,11 +10,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from qjax_kernels.row_quant import quantize_rows
+
 BLOCK = 256  # tokens
 LOWEST = -1e30  # of a running maximum: finite, so that differences are numbers
 
 
-@partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "out_dtype"))
 def decode_attention(
     q: jax.Array,
     k_pages: jax.Array,
@@ -28,6 +30,8 @@ def decode_attention(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    out_scale: jax.Array | None = None,
+    out_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """See `api.decode_attention`."""
     batch, heads, head_dim = q.shape
@@ -75,4 +79,8 @@ def decode_attention(
     factor = jnp.where(total > 0, 1 / total, 0)
     if v_scale is not None:
         factor = factor * v_scale.reshape(-1, 1)
-    return (mixed * factor[..., None]).astype(q.dtype).reshape(q.shape)
+    y = (mixed * factor[..., None]).astype(q.dtype).reshape(q.shape)
+    if out_scale is None:
+        return y
+    wide, dtype = y.astype(jnp.float32), jnp.dtype(out_dtype)
+    return quantize_rows(wide, dtype, out_scale, group_sums=False)[0]

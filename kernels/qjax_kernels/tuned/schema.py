@@ -40,6 +40,7 @@ _PRODUCT = Op(
         "k_tile": (16, 32, 64, 128, 256, 512),
         "splits": range(1, 9),
         "multicast": range(1, 9),
+        "resident": range(1, 3),
     },
 )
 _WEIGHT_ONLY = Op(
@@ -48,6 +49,7 @@ _WEIGHT_ONLY = Op(
 )
 OPS = {
     "scaled_gemm": _PRODUCT,
+    "plain_gemm": _PRODUCT,
     "gemm_swiglu": _PRODUCT,
     "prepared_gemm": _WEIGHT_ONLY,
     "w4a8_gemm": _WEIGHT_ONLY,

@@ -1,6 +1,7 @@
 """y = x @ dequantize(w).T for weights in int4, int8, fp8 or fp4, and activations as they are."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,10 @@ IMPLEMENTATIONS = {"xla": xla.weight_only_gemm}
 PREPARED_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "mosaic": mosaic.prepared_gemm,
     "xla": xla.prepared_gemm,
+}
+RESIDUAL_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "mosaic": mosaic.residual_gemm,
+    "xla": xla.residual_gemm,
 }
 W4A8_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "mosaic": mosaic.fp8_prepared_gemm,
@@ -71,6 +76,8 @@ def prepared_gemm(
     *,
     out_dtype: jnp.dtype,
     activation: str | None = None,
+    squares: jax.Array | None = None,
+    eps: float = 0.0,
     implementation: str | None = None,
 ) -> jax.Array:
     """`weight_only_gemm` with a weight that `prepare` has repacked, a bias and a residual.
@@ -87,6 +94,11 @@ def prepared_gemm(
       activation: 'silu', 'gelu' or 'gelu_tanh' of a gated unit whose weights are `interleave`d (see
         `gemm_swiglu`): the result is activation(gate) * up [..., out / 2]; or None. Not together
         with a residual.
+      squares: float32 [parts, at least tokens], of which the sum over parts is a token's sum of
+        squares over the in features, when RMSNorm stands in front of the product and x was only
+        multiplied by its gain, see `residual_gemm`: y is then multiplied by
+        1 / sqrt(sum / in + eps) before bias and activation. None: nothing of that.
+      eps: of that norm.
       implementation: a name of PREPARED_IMPLEMENTATIONS; None: the first that takes the call.
 
     Returns:
@@ -96,6 +108,7 @@ def prepared_gemm(
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x is {x.shape}, the weight {weight.shape}: their last axes must agree")
     _check_added(x, weight, bias, residual, activation)
+    _check_squares(x, squares)
     return dispatch(
         "prepared_gemm",
         PREPARED_IMPLEMENTATIONS,
@@ -105,8 +118,71 @@ def prepared_gemm(
         bias,
         residual,
         activation=activation,
+        squares=squares,
+        eps=eps,
         out_dtype=out_dtype,
     )
+
+
+class Summed(NamedTuple):
+    """A residual stream that is not normalized yet. See `residual_gemm`.
+
+    Attributes:
+      total: [..., out], product and residual.
+      scaled: [..., out], that times the gain.
+      squares: float32 [parts, at least tokens]: the sum over parts is that of total squared.
+    """
+
+    total: jax.Array
+    scaled: jax.Array
+    squares: jax.Array
+
+
+def residual_gemm(
+    x: jax.Array,
+    weight: Prepared,
+    residual: jax.Array,
+    gain: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> Summed:
+    """The product, the residual, and what an RMSNorm behind them needs, in one kernel.
+
+    total = x @ weight.T + bias + residual;  scaled = total * gain;  squares: see `Summed`
+
+    RMSNorm(total) @ w.T is prepared_gemm(scaled, w, squares=squares, eps=eps): 1 / rms is the same
+    for all features of a token, so that it can follow the sum over them (Zhang & Sennrich 2019).
+
+    Args:
+      x, weight, bias: see `prepared_gemm`.
+      residual: [..., out], of the type of the results.
+      gain: [out], of the norm, in the type of the results or wider.
+      implementation: a name of RESIDUAL_IMPLEMENTATIONS; None: the first that takes the call.
+    """
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"x is {x.shape}, the weight {weight.shape}: their last axes must agree")
+    _check_added(x, weight, bias, residual, None)
+    if gain.shape != (weight.out_features,):
+        raise ValueError(f"gain is {gain.shape}; it must be {(weight.out_features,)}")
+    return Summed(
+        *dispatch(
+            "residual_gemm",
+            RESIDUAL_IMPLEMENTATIONS,
+            implementation,
+            x,
+            weight,
+            bias,
+            residual,
+            gain,
+        )
+    )
+
+
+def _check_squares(x: jax.Array, squares: jax.Array | None) -> None:
+    tokens = x.size // x.shape[-1]
+    if squares is not None and (squares.ndim != 2 or squares.shape[1] < tokens):
+        raise ValueError(f"squares is {squares.shape}; it must be (parts, at least {tokens})")
 
 
 def _check_added(

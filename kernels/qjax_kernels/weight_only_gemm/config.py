@@ -43,7 +43,7 @@ def candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Confi
       weight: only its shapes are read.
       cores: multiprocessors.
     """
-    stream, tiled = _stream(tokens, weight, cores), _tiled(tokens, weight)
+    stream, tiled = stream_candidates(tokens, weight, cores), _tiled(tokens, weight)
     if tokens <= 64:
         return (stream + tiled)[:6]
     return (tiled + stream[:1])[:6] if tokens <= 128 else tiled[:6]
@@ -51,7 +51,7 @@ def candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Confi
 
 def fp8_candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Config]:
     """`candidates` for activations in fp8 and weights prepared for them."""
-    stream = [c for c in _stream(tokens, weight, cores) if c.tiles % 2 == 0]
+    stream = [c for c in stream_candidates(tokens, weight, cores) if c.tiles % 2 == 0]
     tiled = [
         Config(kernel="tiled", tokens=tokens, warpgroups=2, tiles=t, stages=s, cluster=cluster)
         for tokens, t, s, cluster in ((128, 6, 2, 2), (128, 4, 3, 1), (128, 2, 6, 1), (64, 2, 8, 1))
@@ -60,28 +60,53 @@ def fp8_candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[C
     return (stream + tiled)[:6] if tokens <= 64 else tiled
 
 
-def _stream(tokens: int, weight: Prepared, cores: int) -> list[Config]:
+def stream_candidates(tokens: int, weight: Prepared, cores: int) -> list[Config]:
+    """`candidates` of one kernel, at most 4."""
     tile = next((t for t in (8, 16, 32, 64) if tokens <= t), 64)
     blocks = -(-weight.out_features // 64) * -(-tokens // tile)
     columns = -(-weight.in_features // 64)
+    found = []
+    for warpgroups, tiles, stages, cluster in _shapes(
+        blocks, columns, BITS[weight.format], tile, cores
+    ):
+        config = Config(
+            kernel="stream", tokens=tile, warpgroups=warpgroups,
+            tiles=tiles, stages=stages, cluster=cluster,
+        )  # fmt: skip
+        if columns >= warpgroups * tiles * cluster and stream_fits(config, weight):
+            found.append(config)
+    return found[:4] if found else [_smallest(tile)]
+
+
+def _shapes(
+    blocks: int, columns: int, bits: int, tile: int, cores: int
+) -> list[tuple[int, int, int, int]]:
+    """(warpgroups, tiles, stages, cluster) of a stream, best first.
+
+    Args:
+      blocks: of 64 rows and the tokens of a tile.
+      columns: of the weight, in tiles of 64.
+      tile: tokens.
+    """
+    if blocks >= 2 * cores:
+        # Many small blocks: the beginning of one hides the end of another.
+        if tile == 64:
+            wide = [(2, 2, 2, 1), (1, 4, 2, 1), (1, 2, 4, 1)]
+            return wide if bits == 4 else [(1, 2, 3, 1), *wide]
+        if bits == 8:
+            return [(1, 2, 2, 1), (1, 4, 2, 2), (1, 2, 3, 1), (1, 2, 4, 2)]
+        return [(1, 4, 2, 2), (1, 2, 3, 2), (1, 4, 2, 1), (1, 4, 3, 1), (2, 2, 2, 1)]
     # Two blocks fit on a multiprocessor; fewer than one each leaves memory idle.
     clusters = [c for c in (1, 2, 4, 8) if c == 1 or blocks * c <= 2 * cores]
     best = next((c for c in clusters if blocks * c >= 0.7 * cores), clusters[-1])
-    found = []
-    for cluster in dict.fromkeys([best, *reversed(clusters)]):
-        shapes = [(4, 4, 2), (2, 4, 2), (4, 2, 2), (2, 2, 2)]
-        if cluster > 1:  # two blocks on a multiprocessor hide each other's beginning and end
-            shapes = shapes[1:]
-        if BITS[weight.format] == 8:
-            shapes = [(4, 2, 2), (2, 4, 2), (2, 2, 3), (2, 2, 2)]
-        for warpgroups, tiles, stages in shapes:
-            config = Config(
-                kernel="stream", tokens=tile, warpgroups=warpgroups,
-                tiles=tiles, stages=stages, cluster=cluster,
-            )  # fmt: skip
-            if columns >= warpgroups * tiles * cluster and stream_fits(config, weight):
-                found.append(config)
-    return found[:4] if found else [_smallest(tile)]
+    shapes = [(4, 4, 2), (2, 8, 2), (2, 4, 4), (2, 2, 3), (2, 2, 2)]
+    if bits == 8:
+        shapes = [(4, 2, 2), (2, 4, 2), (2, 2, 3), (2, 2, 2)]
+        shapes = shapes if best == 1 else [shapes[1], shapes[0], *shapes[2:]]
+    elif columns < 64 * best:  # too few steps for so many stages
+        shapes = shapes if best == 1 else shapes[1:]
+    ordered = dict.fromkeys([best, *reversed(clusters)])
+    return [(*shape, cluster) for cluster in ordered for shape in shapes]
 
 
 def _smallest(tile: int) -> Config:

@@ -1,4 +1,8 @@
-"""From the sums of a block of 64 rows to the result: scales, bias, residual, and out."""
+"""From the sums of a block of 64 rows to the result: scales, bias, residual, and out.
+
+RMSNorm's part in it is split: the product before adds the residual and multiplies the sum by the
+norm's gain, the product behind by 1 / rms, of which it gets the sums of squares of 64 features each
+(Zhang & Sennrich 2019, equation 4, where 1 / rms is the same for all features of a token)."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax_kernels.gate import gated
-from qjax_kernels.hopper import load_column, load_row, swizzled
+from qjax_kernels.hopper import EXCHANGED, load_column, load_row, over_rows, swizzled
 from qjax_kernels.weight_only_gemm.config import piece_of
 from qjax_kernels.weight_only_gemm.layout import Prepared
 
@@ -25,6 +29,8 @@ class Epilogue:
     Attributes:
       given: references to the operands, by name.
       out: [tokens, out], global.
+      scaled, squares: of a product with a gain, global: [tokens, out], the sum with the residual
+        times the gain; [blocks, tokens], sums of squares of that sum; or None.
       staged: [slots, piece, 64], shared: pieces of the residual and the result.
       token_scales: [at least tile], shared; or None.
       copied: barriers.
@@ -33,6 +39,8 @@ class Epilogue:
       per_channel: the weight's scale is not in the sums yet.
       multiplier: of everything.
       activation: of gated units, whose gates and ups are 8 and 8 rows in turn; or None.
+      features, eps: of the norm whose sums of squares are an operand.
+      shared: shared memory for the norms, by name, see `scratch`.
     """
 
     given: dict[str, Ref]
@@ -45,6 +53,11 @@ class Epilogue:
     per_channel: bool
     multiplier: float = 1.0
     activation: str | None = None
+    features: int = 0
+    eps: float = 0.0
+    shared: dict[str, Ref] = dataclasses.field(default_factory=dict)
+    scaled: Ref | None = None
+    squares: Ref | None = None
     interpret: bool = False
 
     @property
@@ -60,13 +73,18 @@ class Epilogue:
     @property
     def fetches(self) -> bool:
         """Something is to be copied before the end."""
-        return self._vector or "residual" in self.given
+        return self._vector or "residual" in self.given or "squares" in self.given
 
     def fetch(self, block: Any, first: Any) -> None:
         """Start to copy what the tokens from `first` on need."""
         if self._vector:
             source = self.given["token_scale"].at[pl.ds(first, self.tile)]
             plgpu.copy_gmem_to_smem(source, self._scales, self.copied.at[self.barrier + SLOTS])
+        if "squares" in self.given:
+            # Not a static 0, with which rows that are not there would be refused.
+            rows = pl.ds(block * 0, self.shared["parts"].shape[0])
+            source = self.given["squares"].at[rows, pl.ds(first, self.tile)]
+            plgpu.copy_gmem_to_smem(source, self.shared["parts"], self.shared["arrived"].at[0])
         if "residual" in self.given:
             # The buffers are those of the last tile's results.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -86,6 +104,8 @@ class Epilogue:
                 part = part + plgpu.layout_cast(there, plgpu.Layout.WGMMA).astype(jnp.float32)
             else:
                 plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+            if self.scaled is not None:
+                self._put_scaled(part, block, first, piece)
             if self.activation is None:
                 part = plgpu.layout_cast(part.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             else:
@@ -97,6 +117,21 @@ class Epilogue:
             if "residual" in self.given and piece >= 1 and ahead < self.pieces:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 self._fetch_residual(block, first, ahead)
+
+    def _put_scaled(self, y: jax.Array, block: Any, first: Any, piece: int) -> None:
+        """Store the sum y [64 rows, piece] times the gain, and its squares' sums."""
+        scratch, tokens = self.shared["reduced"], pl.ds(piece * self.piece, self.piece)
+        squares = over_rows(y * y, "add", scratch, interpret=self.interpret)
+        self.shared["squared"].at[tokens][...] = squares
+        gain = load_row(self.given["gain"].at[pl.ds(block * 64, 64)])
+        scaled = (y * _of_rows(gain, y)).astype(self.out.dtype)
+        slot = self.shared["scaled"].at[piece % SLOTS]
+        slot.T[...] = plgpu.layout_cast(scaled, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(slot, self._piece_of(self.scaled, block, first, piece))
+        assert self.squares is not None
+        there = self.squares.at[block, pl.ds(first + piece * self.piece, self.piece)]
+        plgpu.copy_smem_to_gmem(self.shared["squared"].at[tokens], there)
 
     @property
     def _vector(self) -> bool:
@@ -122,9 +157,24 @@ class Epilogue:
             y = y * (self.given["token_scale"][0] * multiplier)
         elif "factor" in self.given:
             y = y * multiplier
+        if "squares" in self.given:
+            y = y * lax.broadcast_in_dim(self._inverse_rms(), y.shape, [1])
         if "bias" in self.given:
             y = y + _of_rows(load_row(self.given["bias"].at[pl.ds(block * 64, 64)]), y)
         return y
+
+    def _inverse_rms(self) -> jax.Array:
+        """Of each token of the tile."""
+        parts = self.shared["parts"]
+        plgpu.barrier_wait(self.shared["arrived"].at[0])
+        rows = [
+            plgpu.load(parts.at[pl.ds(64 * i, 64)], layout=plgpu.Layout.WGMMA, optimized=False)
+            for i in range(parts.shape[0] // 64)
+        ]
+        total = over_rows(
+            sum(rows[1:], rows[0]), "add", self.shared["reduced"], interpret=self.interpret
+        )
+        return lax.rsqrt(total * (1 / self.features) + self.eps)
 
     def _piece_of(self, ref: Ref, block: Any, first: Any, piece: int) -> Ref:
         tokens = pl.ds(first + piece * self.piece, self.piece)
@@ -159,6 +209,30 @@ def scratch(
     if "token_scale" in given:
         # Each warpgroup's begin at a multiple of 128 bytes, as the copy engine needs.
         found["token_scales"] = plgpu.SMEM((warpgroups, -(-tile // 32) * 32), jnp.float32)
+    return found
+
+
+def norm_shared_memory(parts: int, gain: bool, tile: int) -> int:
+    """Bytes of `norm_scratch`, at least."""
+    return 4 * tile * (parts + 64) + gain * 2 * 64 * tile + 4 * EXCHANGED + 1024
+
+
+def norm_scratch(given: dict[str, jax.Array], tile: int, out_dtype: jnp.dtype) -> dict[str, Any]:
+    """`shared` of one `Epilogue`."""
+    piece = piece_of(tile)
+    found: dict[str, Any] = {}
+    if "squares" in given:
+        # What is not there of them, the copy engine fills with zeros.
+        parts = -(-given["squares"].shape[0] // 64) * 64
+        found["parts"] = plgpu.SMEM((parts, tile), jnp.float32)
+        found["arrived"] = plgpu.Barrier(num_barriers=1)
+    if "gain" in given:
+        transforms = swizzled(64, jnp.dtype(out_dtype).itemsize * 8)
+        slots = min(SLOTS, tile // piece)
+        found["scaled"] = plgpu.SMEM((slots, piece, 64), out_dtype, transforms=transforms)
+        found["squared"] = plgpu.SMEM((tile,), jnp.float32)
+    if found:
+        found["reduced"] = plgpu.SMEM((EXCHANGED,), jnp.float32)
     return found
 
 

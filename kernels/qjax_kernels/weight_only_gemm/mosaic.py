@@ -1,5 +1,6 @@
 """The Hopper kernels behind one name: the configuration decides which."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,35 @@ import jax.numpy as jnp
 
 from qjax_kernels.target import require_hopper
 from qjax_kernels.weight_only_gemm.choice import choose
-from qjax_kernels.weight_only_gemm.config import Config
+from qjax_kernels.weight_only_gemm.config import (
+    SHARED_MEMORY,
+    Config,
+    stream_candidates,
+    stream_shared_memory,
+)
+from qjax_kernels.weight_only_gemm.epilogue import norm_shared_memory
 from qjax_kernels.weight_only_gemm.layout import Prepared
+from qjax_kernels.weight_only_gemm.operands import Added
 from qjax_kernels.weight_only_gemm.stream import stream
 from qjax_kernels.weight_only_gemm.tiled import tiled
 from qjax_kernels.weight_only_gemm.tiled_fp8 import tiled_fp8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class How:
+    """The static part of a call: see `api` and `Config`."""
+
+    out_dtype: str
+    activation: str | None = None
+    eps: float = 0.0
+    config: Config
+    cores: int
+    interpret: bool
+
+    def named(self, *names: str) -> dict[str, Any]:
+        """Some of it as keyword arguments."""
+        of = vars(self) | {"out_dtype": jnp.dtype(self.out_dtype)}
+        return {name: of[name] for name in ("out_dtype", "activation", "config", *names)}
 
 
 def prepared_gemm(
@@ -23,6 +48,8 @@ def prepared_gemm(
     *,
     out_dtype: jnp.dtype,
     activation: str | None = None,
+    squares: jax.Array | None = None,
+    eps: float = 0.0,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -31,13 +58,49 @@ def prepared_gemm(
     Raises:
       NotImplementedError: not a Hopper GPU; activations that are not bfloat16 or float16; rows
         of x or of the result that are no multiple of 16 bytes, as the copy engine needs; a residual
-        that is not of the type of the result.
+        that is not of the type of the result; more than 64 tokens with sums of squares.
     """
     cores = 132 if interpret else require_hopper().cores
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"activations in {x.dtype}; bfloat16 or float16 is needed")
     _check(weight, residual, out_dtype, activation)
-    return _shaped(x, weight, None, bias, residual, activation, out_dtype, config, cores, interpret)
+    added = Added(bias, residual, squares)
+    config = _config(x, weight, added, cores) if config is None else config
+    how = How(
+        out_dtype=jnp.dtype(out_dtype).name, activation=activation, eps=eps,
+        config=config, cores=cores, interpret=interpret,
+    )  # fmt: skip
+    return _shaped(x, weight, None, added, how)[0]
+
+
+def residual_gemm(
+    x: jax.Array,
+    weight: Prepared,
+    bias: jax.Array | None,
+    residual: jax.Array,
+    gain: jax.Array,
+    *,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.residual_gemm`.
+
+    Raises:
+      NotImplementedError: as `prepared_gemm`; out features that are no multiple of 64; more than
+        64 tokens.
+    """
+    cores = 132 if interpret else require_hopper().cores
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"activations in {x.dtype}; bfloat16 or float16 is needed")
+    _check(weight, residual, residual.dtype, None)
+    if weight.out_features % 64:
+        raise NotImplementedError(f"{weight.out_features} out features; a multiple of 64 is needed")
+    added = Added(bias, residual, None, gain)
+    config = _config(x, weight, added, cores) if config is None else config
+    dtype = residual.dtype.name
+    how = How(out_dtype=dtype, config=config, cores=cores, interpret=interpret)
+    total, scaled, squares = _shaped(x, weight, None, added, how)
+    return total, scaled, squares
 
 
 def fp8_prepared_gemm(
@@ -65,10 +128,13 @@ def fp8_prepared_gemm(
     _check(weight, residual, out_dtype, activation)
     if weight.in_features % 128:
         raise NotImplementedError(f"{weight.in_features} in features; a multiple of 128 is needed")
-    x_scale = x_scale.astype(jnp.float32).reshape(-1)
-    return _shaped(
-        x, weight, x_scale, bias, residual, activation, out_dtype, config, cores, interpret
-    )
+    added = Added(bias, residual)
+    config = _config(x, weight, added, cores) if config is None else config
+    how = How(
+        out_dtype=jnp.dtype(out_dtype).name, activation=activation,
+        config=config, cores=cores, interpret=interpret,
+    )  # fmt: skip
+    return _shaped(x, weight, x_scale.astype(jnp.float32).reshape(-1), added, how)[0]
 
 
 def _check(
@@ -86,61 +152,57 @@ def _check(
         raise NotImplementedError(f"an activation with a result in {jnp.dtype(out_dtype).name}")
 
 
+def _config(x: jax.Array, weight: Prepared, added: Added, cores: int) -> Config:
+    """The measured one; with a norm, which only streams have a part of, a stream with its room."""
+    tokens = x.size // x.shape[-1]
+    config = choose(tokens, weight, cores=cores)
+    if added.squares is None and added.gain is None:
+        return config
+    if tokens > 64:
+        raise NotImplementedError(f"{tokens} tokens with a norm; at most 64 are taken")
+    parts = 0 if added.squares is None else added.squares.shape[0]
+    for one in (config, *stream_candidates(tokens, weight, cores)):
+        room = norm_shared_memory(parts, added.gain is not None, one.tokens)
+        if one.kernel == "stream" and stream_shared_memory(one, weight) + room <= SHARED_MEMORY:
+            return one
+    raise NotImplementedError(f"a norm's sums of squares in {parts} parts: no tile has room")
+
+
 def _shaped(
-    x: jax.Array,
-    weight: Prepared,
-    x_scale: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    activation: str | None,
-    out_dtype: jnp.dtype,
-    config: Config | None,
-    cores: int,
-    interpret: bool,
-) -> jax.Array:
-    """`_run` for x with any leading axes, with a configuration for its shape."""
-    shape = (*x.shape[:-1], weight.out_features // (1 if activation is None else 2))
+    x: jax.Array, weight: Prepared, x_scale: jax.Array | None, added: Added, how: How
+) -> list[jax.Array]:
+    """`_run` for x with any leading axes: results with the same ones, and sums of squares."""
+    out = weight.out_features // (1 if how.activation is None else 2)
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
-        return jnp.zeros(shape, out_dtype)
-    if residual is not None:
-        residual = residual.reshape(-1, weight.out_features)
-    if config is None:
-        config = choose(rows.shape[0], weight, cores=cores)
-    name = jnp.dtype(out_dtype).name
-    y = _run(rows, weight, x_scale, bias, residual, activation, name, config, cores, interpret)
-    return y.reshape(shape)
+        empty = jnp.zeros((*x.shape[:-1], out), how.out_dtype)
+        return [empty, empty, jnp.zeros((weight.words.shape[0], 0), jnp.float32)]
+    if added.residual is not None:
+        added = added._replace(residual=added.residual.reshape(-1, weight.out_features))
+    results = _run(rows, weight, x_scale, added, how)
+    features, squares = results[:2], results[2:]
+    return [y.reshape(*x.shape[:-1], out) for y in features] + squares
 
 
-@partial(jax.jit, static_argnames=("activation", "out_dtype", "config", "cores", "interpret"))
+@partial(jax.jit, static_argnames=("how",))
 def _run(
-    x: jax.Array,
-    weight: Prepared,
-    x_scale: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
-    activation: str | None,
-    out_dtype: str,
-    config: Config,
-    cores: int,
-    interpret: bool,
-) -> jax.Array:
+    x: jax.Array, weight: Prepared, x_scale: jax.Array | None, added: Added, how: How
+) -> list[jax.Array]:
     """The kernel on sizes that the copy engine can tile: XLA pads the others, and only those."""
-    tokens, out = x.shape[0], weight.out_features // (1 if activation is None else 2)
+    tokens, out = x.shape[0], weight.out_features // (1 if how.activation is None else 2)
     more_tokens = -tokens % 8 if tokens > 8 else 0
     more_features = -weight.in_features % 64 if weight.in_features > 64 else 0
     if more_tokens or more_features:
         x = jnp.pad(x, ((0, more_tokens), (0, more_features)))
-    if residual is not None and more_tokens:
-        residual = jnp.pad(residual, ((0, more_tokens), (0, 0)))
-    if bias is not None and weight.out_features % 64:
-        bias = jnp.pad(bias, (0, -weight.out_features % 64))
-    static: dict[str, Any] = {"activation": activation, "out_dtype": jnp.dtype(out_dtype)}
-    static |= {"config": config, "interpret": interpret}
-    if config.kernel == "stream":
-        y = stream(x, weight, x_scale, bias, residual, **static)
+    if added.residual is not None and more_tokens:
+        added = added._replace(residual=jnp.pad(added.residual, ((0, more_tokens), (0, 0))))
+    if added.bias is not None and weight.out_features % 64:
+        added = added._replace(bias=jnp.pad(added.bias, (0, -weight.out_features % 64)))
+    if how.config.kernel == "stream":
+        results = stream(x, weight, x_scale, added, **how.named("eps", "interpret"))
     elif x_scale is None:
-        y = tiled(x, weight, bias, residual, cores=cores, **static)
+        results = [tiled(x, weight, added, **how.named("cores", "interpret"))]
     else:
-        y = tiled_fp8(x, weight, x_scale, bias, residual, cores=cores, **static)
-    return y if y.shape == (tokens, out) else y[:tokens, :out]
+        results = [tiled_fp8(x, weight, x_scale, added, **how.named("cores", "interpret"))]
+    features, squares = results[:2], results[2:]  # one or two, and with the second also squares
+    return [y if y.shape == (tokens, out) else y[:tokens, :out] for y in features] + squares

@@ -19,28 +19,30 @@ from qjax_kernels.weight_only_gemm import epilogue
 from qjax_kernels.weight_only_gemm.config import Config, stream_steps
 from qjax_kernels.weight_only_gemm.convert import MMA, strided, to_fp8, to_registers
 from qjax_kernels.weight_only_gemm.layout import LANES, Prepared, words_per_tile
-from qjax_kernels.weight_only_gemm.operands import operands
+from qjax_kernels.weight_only_gemm.operands import Added, operands
 
 
 def stream(
     x: jax.Array,
     weight: Prepared,
     token_scale: jax.Array | None,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
+    added: Added,
     *,
+    eps: float = 0.0,
     activation: str | None,
     out_dtype: jnp.dtype,
     config: Config,
     interpret: bool = False,
-) -> jax.Array:
+) -> list[jax.Array]:
     """x [tokens, in] @ weight.T + bias + residual -> [tokens, out rounded up to 64].
+
+    With a gain also that times the gain, and sums of squares [blocks, tokens rounded up].
 
     tokens is a multiple of 8, or fewer; in is padded to 64. token_scale: [tokens] or [1], of fp8
     activations; or None. See `api.prepared_gemm`.
     """
     tokens, fp8 = x.shape[0], token_scale is not None
-    given = operands(x, weight, token_scale, bias, residual)
+    given = operands(x, weight, token_scale, added)
     tile, wgs, tiles, stages = config.tokens, config.warpgroups, config.tiles, config.stages
     steps = stream_steps(config, weight)
     width = tiles * 64  # columns of a stage
@@ -54,9 +56,11 @@ def stream(
     part = min(group, width) if in_sum else min(128, width)
     groups = -(-steps * width // group)  # of a warpgroup
     slots, copies = wgs * stages, grouped + zeros
+    grid = weight.words.shape[0], -(-tokens // tile)
 
     def body(*refs, **scratch):  # type: ignore[no-untyped-def]
         of = dict(zip(given, refs, strict=False))  # in global memory
+        results = refs[len(given) :]  # [out], or [out, scaled, squares]
         words_s, x_s, sums_s = (scratch[k] for k in ("words", "x", "sums"))
         full, ready, summed = (scratch[k] for k in ("full", "ready", "summed"))
         n, m, wg = (lax.axis_index(name) for name in ("rows", "tokens", "wg"))
@@ -77,7 +81,7 @@ def stream(
             fetch(step, step)
         end = epilogue.Epilogue(
             of,
-            refs[-1],
+            results[0],
             scratch["staged"].at[0],
             scratch["token_scales"].at[0] if fp8 else None,
             scratch["copied"],
@@ -86,6 +90,11 @@ def stream(
             per_channel=not grouped,
             multiplier=512.0 if fp8 else 1.0,
             activation=activation,
+            features=weight.in_features,
+            eps=eps,
+            shared={name: scratch[name] for name in of_norms},
+            scaled=results[1] if added.gain is not None else None,
+            squares=results[2] if added.gain is not None else None,
             interpret=interpret,
         )
         if end.fetches:
@@ -134,12 +143,12 @@ def stream(
 
             # Groups are summed apart; without groups in the sum one accumulator takes all.
             kinds = [plgpu.ACC((64, tile), jnp.float32)] * (len(starts) if in_sum else 1)
-            for start, added in zip(starts, pl.run_scoped(sums, *kinds), strict=False):
+            for start, of_part in zip(starts, pl.run_scoped(sums, *kinds), strict=False):
                 if in_sum:
                     at = (i * width + start) // group
                     scale = load_row(scratch["scale"].at[wg, at]).astype(jnp.float32)
-                    added = added * lax.broadcast_in_dim(scale, added.shape, [0])
-                total = total + added
+                    of_part = of_part * lax.broadcast_in_dim(scale, of_part.shape, [0])
+                total = total + of_part
 
             @pl.when(i + stages < steps)
             def _():  # type: ignore[no-untyped-def]
@@ -185,8 +194,10 @@ def stream(
                 end.finish(y, n, m * tile)
             else:
                 share(y)
-            plgpu.wait_smem_to_gmem(0)
+            # Shared memory has been read: that it is written, the next kernel waits for.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    of_norms = epilogue.norm_scratch(given, tile, out_dtype)
     scratch = {
         "words": plgpu.SMEM((wgs, stages, rows, LANES), jnp.int32),
         "x": plgpu.SMEM(
@@ -197,6 +208,7 @@ def stream(
         "ready": plgpu.Barrier(num_arrivals=max(1, copies), num_barriers=wgs),
         "summed": plgpu.Barrier(num_arrivals=max(1, wgs - 1)),
         **epilogue.scratch(given, tile, out_dtype, 1, activation),
+        **of_norms,
     }
     if grouped:
         scratch["scale"] = plgpu.SMEM((wgs, groups, 64), weight.scale.dtype)
@@ -207,10 +219,14 @@ def stream(
         scratch["written"] = plgpu.ClusterBarrier(collective_axes=("cluster",))
         scratch["read"] = plgpu.ClusterBarrier(collective_axes=("cluster",))
     width_out = epilogue.rows_out(activation) * weight.words.shape[0]
+    types = [jax.ShapeDtypeStruct((tokens, width_out), out_dtype)]
+    if added.gain is not None:
+        types *= 2
+        types.append(jax.ShapeDtypeStruct((grid[0], grid[1] * tile), jnp.float32))
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((tokens, width_out), out_dtype),
-        grid=(weight.words.shape[0], -(-tokens // tile)),
+        out_type=types,
+        grid=grid,
         grid_names=("rows", "tokens"),
         cluster=(config.cluster,),
         cluster_names=("cluster",),

@@ -13,15 +13,14 @@ from qjax_kernels.hopper import load_row
 from qjax_kernels.weight_only_gemm.config import Config
 from qjax_kernels.weight_only_gemm.convert import strided, to_registers
 from qjax_kernels.weight_only_gemm.layout import Prepared, words_per_tile
-from qjax_kernels.weight_only_gemm.operands import operands
+from qjax_kernels.weight_only_gemm.operands import Added, operands
 from qjax_kernels.weight_only_gemm.walk import Place, groups_per_step, walk
 
 
 def tiled(
     x: jax.Array,
     weight: Prepared,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
+    added: Added,
     *,
     activation: str | None,
     out_dtype: jnp.dtype,
@@ -78,7 +77,7 @@ def tiled(
         return pl.run_scoped(with_accumulator, plgpu.ACC((64, config.tokens), jnp.float32))
 
     return walk(
-        operands(x, weight, None, bias, residual),
+        operands(x, weight, None, added),
         weight,
         config,
         by_group=["scale"] * grouped + ["zero"] * (grouped and zeros),

@@ -15,7 +15,7 @@ from qjax_kernels.hopper import load_row
 from qjax_kernels.weight_only_gemm.config import Config
 from qjax_kernels.weight_only_gemm.convert import MMA, strided, to_fp8
 from qjax_kernels.weight_only_gemm.layout import Prepared, words_per_tile
-from qjax_kernels.weight_only_gemm.operands import operands
+from qjax_kernels.weight_only_gemm.operands import Added, operands
 from qjax_kernels.weight_only_gemm.walk import Place, walk
 
 PART = 128  # columns whose products are summed by the tensor cores
@@ -25,8 +25,7 @@ def tiled_fp8(
     x: jax.Array,
     weight: Prepared,
     token_scale: jax.Array,
-    bias: jax.Array | None,
-    residual: jax.Array | None,
+    added: Added,
     *,
     activation: str | None,
     out_dtype: jnp.dtype,
@@ -70,7 +69,7 @@ def tiled_fp8(
         return evaluate(plgpu.layout_cast(jnp.zeros((64, tile), jnp.float32), MMA))
 
     return walk(
-        operands(x, weight, token_scale, bias, residual),
+        operands(x, weight, token_scale, added),
         weight,
         config,
         by_group=["scale"] * grouped,

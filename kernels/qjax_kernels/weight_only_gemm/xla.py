@@ -33,7 +33,7 @@ def weight_only_gemm(
     return matmul(x, weight.astype(x.dtype)).astype(out_dtype)
 
 
-@partial(jax.jit, static_argnames=("activation", "out_dtype"))
+@partial(jax.jit, static_argnames=("activation", "eps", "out_dtype"))
 def prepared_gemm(
     x: jax.Array,
     weight: Prepared,
@@ -41,10 +41,32 @@ def prepared_gemm(
     residual: jax.Array | None,
     *,
     activation: str | None = None,
+    squares: jax.Array | None = None,
+    eps: float = 0.0,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
     """See `api.prepared_gemm`."""
-    return _finished(_product(x, weight), bias, residual, activation, out_dtype)
+    y = _product(x, weight)
+    if squares is not None:
+        mean = squares.sum(0)[: x.size // x.shape[-1]] / weight.in_features
+        y = y * jax.lax.rsqrt(mean + eps).reshape(*x.shape[:-1], 1)
+    return _finished(y, bias, residual, activation, out_dtype)
+
+
+@jax.jit
+def residual_gemm(
+    x: jax.Array,
+    weight: Prepared,
+    bias: jax.Array | None,
+    residual: jax.Array,
+    gain: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.residual_gemm`: one part."""
+    wide = jnp.dtype(jnp.float32)
+    total = _finished(_product(x, weight), bias, residual, None, wide)
+    scaled = (total * gain.astype(wide)).astype(residual.dtype)
+    squares = jnp.sum(total * total, axis=-1).reshape(1, -1)
+    return total.astype(residual.dtype), scaled, squares
 
 
 @partial(jax.jit, static_argnames=("activation", "out_dtype"))
