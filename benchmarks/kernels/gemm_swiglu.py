@@ -19,9 +19,10 @@ from qjax_kernels.gemm_swiglu import mosaic, xla
 from qjax_kernels.gemm_swiglu.layout import interleave
 from qjax_kernels.glu_quant import api as glu_quant
 from qjax_kernels.glu_quant.xla import ACTIVATIONS
+from qjax_kernels.plain_gemm import mosaic as plain
 from qjax_kernels.row_quant import RANGES, quantize_rows
 from qjax_kernels.scaled_gemm import mosaic as scaled
-from qjax_kernels.scaled_gemm import plain, plan
+from qjax_kernels.scaled_gemm import plan
 from qjax_kernels.scaled_gemm import xla as scaled_xla
 from qjax_kernels.scaled_gemm.config import Config
 from qjax_kernels.target import target

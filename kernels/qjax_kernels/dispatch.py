@@ -1,11 +1,13 @@
 """Choosing the implementation of an op."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
 _MOST = 64  # reasons that are kept of an op: a report, not a log
+_references_only = False
 _skipped: dict[str, dict[str, None]] = {}  # op -> reasons, in the order they came
 
 
@@ -37,6 +39,8 @@ def dispatch(
             f"{op} has no implementation {implementation!r}; choose one of: "
             f"{', '.join(implementations)}, or None"
         )
+    if implementation is None and _references_only:
+        implementation = list(implementations)[-1]
     names = implementations if implementation is None else (implementation,)
     refused = dict(passed_over or {}) if implementation is None else {}
     reasons = []
@@ -51,6 +55,23 @@ def dispatch(
         _remember(op, reasons)
         return result
     raise NotImplementedError(f"{op} cannot take this call. " + "; ".join(reasons))
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Inside, calls that name no implementation run the op's reference, the last one.
+
+    What jax traced outside is forgotten, and what it traces inside afterwards: a trace keeps the
+    implementation that it began with.
+    """
+    global _references_only
+    before, _references_only = _references_only, True
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _references_only = before
+        jax.clear_caches()
 
 
 def skipped() -> dict[str, list[str]]:

@@ -143,6 +143,9 @@ def _products(
     values, scale = _shape(64, 256, dtype=FP8), _shape(64, 1, dtype=F32)
     call = probe(scaled.scaled_gemm, narrow, x_scale, values, scale, **out)
     yield "scaled_gemm", scaled.IMPLEMENTATIONS, call
+    plain = api("plain_gemm")
+    call = probe(plain.plain_gemm, x, _shape(64, 256), **out)
+    yield "plain_gemm", plain.IMPLEMENTATIONS, call
     swiglu = api("gemm_swiglu")
     call = probe(swiglu.gemm_swiglu, x, _shape(64, 256), **out)
     yield "gemm_swiglu", swiglu.IMPLEMENTATIONS, call

@@ -6,7 +6,7 @@ import h200
 import jax.numpy as jnp
 import pytest
 from qjax_kernels.gemm_swiglu import mosaic
-from qjax_kernels.scaled_gemm import plain, plan
+from qjax_kernels.scaled_gemm import plan
 from qjax_kernels.scaled_gemm.config import Config
 from qjax_kernels.scaled_gemm.memory import shared_memory
 from qjax_kernels.scaled_gemm.tiling import Tiling
@@ -118,17 +118,3 @@ OTHERS = [
 @pytest.mark.parametrize(("call", "options"), OTHERS)
 def test_other_calls(call, options):
     compile_and_check(*call, **options)
-
-
-@pytest.mark.parametrize("m", [1, 64, 4096])
-def test_the_product_itself_in_16_bits(m):
-    [config, *_] = plan.candidates(m, 4096, 4096, dtype=BF16)
-    compiled = h200.compile_for_h200(
-        lambda x, w: plain.plain_gemm(x, w, BF16, config=config),
-        *(h200.shape((rows, 4096), BF16) for rows in (m, 4096)),
-    )
-    [kernel] = compiled.kernels
-    dtype = jnp.dtype(BF16)
-    no_scales = {"token_scales": False, "output_scales": False}
-    tiling = Tiling(m=m, n=4096, k=4096, config=config, dtype=dtype, out_dtype=dtype, **no_scales)
-    check_kernel(kernel, compiled.hlo, tiling, padded=False)

@@ -11,6 +11,7 @@ from flax import nnx
 from qjax_kernels.dispatch import forget, skipped
 
 import qjax
+from qjax.bench import random_model
 from qjax.decode import decode, prefill
 from qjax.lm import LanguageModel
 from qjax.models.llama import LlamaConfig
@@ -39,7 +40,7 @@ def llama3_8b(preset: str | None) -> qjax.LanguageModel:
         eos_token_id=(128001,),
     )
     graphdef, state = abstract_model("llama", cfg, jnp.dtype(jnp.bfloat16))
-    recipe = None if preset is None else qjax.preset(preset)
+    recipe = random_model.recipe(preset or "bf16")
     if recipe is not None:
         stats = {
             name: {"amax": shape(leaf.shape[1:], jnp.float32)}
@@ -65,6 +66,7 @@ def decode_step(preset: str | None, batch: int, kv_cache: str | None = None) -> 
         min_p=floats,
         penalty=floats,
         seed=shape((batch,), jnp.uint32),
+        min_tokens=integers,
         max_tokens=integers,
     )
     ends, prompts = shape((1,), jnp.int32), shape((batch, 1024), jnp.int32)
@@ -126,16 +128,7 @@ def kernels_of(computation: str):
 
 
 STREAM = "body"  # the weight-only product's kernel
-WEIGHT_ONLY = [
-    "norm_quant",
-    STREAM,
-    "rope_cache",
-    "decode_attention_blocks",
-    STREAM,
-    "norm_quant",
-    STREAM,
-    STREAM,
-]
+ATTENTION = [STREAM, "rope_cache", "decode_attention_blocks", STREAM]
 
 
 @pytest.mark.parametrize(
@@ -148,24 +141,44 @@ WEIGHT_ONLY = [
     ],
 )
 def test_weight_only(preset, batch, kv_cache):
-    assert decode_step(preset, batch, kv_cache) == WEIGHT_ONLY * LAYERS
+    """Norms are parts of the products around them: six kernels a layer."""
+    expected = ["norm_quant", *[*ATTENTION, STREAM, STREAM] * LAYERS]
+    assert decode_step(preset, batch, kv_cache) == expected
+
+
+def test_weight_only_with_many_sequences():
+    layer = ["norm_quant", *ATTENTION, "norm_quant", STREAM, STREAM]
+    kernels = decode_step("int4_wo", 128)
+    assert [name.partition("_gemm")[0] for name in kernels] == layer * LAYERS
 
 
 def test_plain():
-    """Products are XLA's. It splits them in parts that it adds up when it cannot time kernels."""
-    kernels = [name for name in decode_step(None, 1) if name != "loop_reduce_fusion"]
-    product = "gemm_fusion_dot"
+    """No product is cut in parts that a kernel more adds up."""
+    product = "plain_gemm_bfloat16"
     attention = ["norm_quant", product, "rope_cache", "decode_attention_blocks", product]
-    assert kernels == [*attention, "norm_quant", "gemm_swiglu_bfloat16", product] * LAYERS
+    expected = [*attention, "norm_quant", "gemm_swiglu_bfloat16", product]
+    assert decode_step(None, 1) == expected * LAYERS
 
 
-@pytest.mark.parametrize("batch", [1, 64])
-def test_static_scales(batch):
-    """One kernel more: attention writes bfloat16."""
-    product, gated = "scaled_gemm_float8_e4m3fn", "gemm_swiglu_float8_e4m3fn"
+@pytest.mark.parametrize(
+    ("preset", "batch", "format"),
+    [("fp8", 1, "float8_e4m3fn"), ("fp8", 64, "float8_e4m3fn"), ("int8_sq", 1, "int8")],
+)
+def test_static_scales(preset, batch, format):
+    """Attention rounds what it writes."""
+    product, gated = f"scaled_gemm_{format}", f"gemm_swiglu_{format}"
     attention = ["norm_quant", product, "rope_cache", "decode_attention_blocks"]
-    expected = [*attention, "quantize_rows", product, "norm_quant", gated, product]
-    assert decode_step("fp8", batch) == expected * LAYERS
+    expected = [*attention, product, "norm_quant", gated, product]
+    assert decode_step(preset, batch) == expected * LAYERS
+
+
+@pytest.mark.parametrize("preset", ["w4a8", "w4a8_static"])
+def test_repacked_weights_with_fp8_activations(preset):
+    """A kernel more: the gated product writes bfloat16. Another one where a token has its scale."""
+    attention = ["norm_quant", STREAM, "rope_cache", "decode_attention_blocks"]
+    attention += [] if preset == "w4a8_static" else ["quantize_rows"]
+    mlp = ["norm_quant", STREAM, "quantize_rows", STREAM]
+    assert decode_step(preset, 1) == [*attention, STREAM, *mlp] * LAYERS
 
 
 def test_a_scale_for_each_token():

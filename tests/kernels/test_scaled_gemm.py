@@ -162,6 +162,7 @@ ALONE = [
 # must not be fewer: they run in a process that has more of them.
 CLUSTERS = [
     (Case(m=8, n=136, k=512), Config(stages=3, splits=2)),
+    (Case(m=8, n=200, k=512), Config(stages=3, splits=2, resident=2)),
     (Case(m=12, n=72, k=640, dtype=INT8, out=F32), Config(columns=16, stages=2, splits=3)),
     (
         Case(m=30, n=328, k=384, bias=BF16, residual=True),

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from qjax_kernels import support, timing
 from qjax_kernels.decode_attention import api as decode
+from qjax_kernels.plain_gemm import api as plain
 from qjax_kernels.scaled_gemm import api as scaled
 from qjax_kernels.tuned import lookup, schema
 from qjax_kernels.tuning import jobs, measure, record, run, worker
@@ -33,7 +34,7 @@ from qjax.cli import main
 
 
 def test_the_default_run_covers_the_models():
-    found = run.default_jobs(jobs.OPS, jobs.SHAPES, jobs.M, 128)
+    found = run.default_jobs(jobs.DEFAULT_OPS, jobs.SHAPES, jobs.M, 128)
     linear = [job for job in found if job.op != "decode_attention"]
     sizes = {(job.op, job.n, job.k, m) for job in linear for m in job.ms}
     assert len(sizes) == sum(len(job.ms) for job in linear) == 5 * 9 * 6
@@ -107,6 +108,8 @@ def by_xla(one: Problem, shared, prepared):
         return weight_only.w4a8_gemm(*shared, prepared, **out)
     if one.table_op == "scaled_gemm":
         return scaled.scaled_gemm(*shared, *prepared, **out)
+    if one.table_op == "plain_gemm":
+        return plain.plain_gemm(*shared, *prepared, **out)
     (q, lengths), (keys, values, table, *_) = shared, prepared
     return decode.decode_attention(q, keys, values, table, lengths, implementation="xla")
 

@@ -1,4 +1,4 @@
-"""y = x @ weight.T of 16-bit operands, by the same kernel."""
+"""The kernel of `scaled_gemm` without scales (Mosaic GPU, Hopper)."""
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,13 @@ def plain_gemm(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """x @ weight.T + bias + residual, in float32 and rounded once.
+    """See `api.plain_gemm`.
+
+    `out` must be a multiple of 8 and `in` of 32. A number of rows over 8 that is no multiple of 8
+    costs a copy of x. A row of the result does not depend on the other rows of x, but on their
+    number: other tiles, another order of the sums.
 
     Args:
-      x: [..., in], bfloat16 or float16.
-      weight: [out, in], of the dtype of x; out is a multiple of 8 and in of 32.
-      out_dtype: of the result: bfloat16, float16 or float32.
-      bias: [out], floating point, or None.
-      residual: [..., out], of out_dtype, or None.
       config: the tiles; None: those of the tuned table, or the best guess for the shape.
       interpret: run in Mosaic GPU's interpreter, on any machine.
 
@@ -39,9 +38,7 @@ def plain_gemm(
     from qjax_kernels.scaled_gemm.memory import refusal
     from qjax_kernels.scaled_gemm.tiling import Tiling
 
-    check_operands(x, weight)
-    if out_dtype not in FLOATS:
-        raise NotImplementedError(f"it writes bfloat16, float16 and float32, not {out_dtype}")
+    _check(x, weight)
     if bias is not None and bias.dtype not in FLOATS:
         raise NotImplementedError(f"the bias is {bias.dtype}")
     if residual is not None and residual.dtype != out_dtype:
@@ -77,8 +74,7 @@ def plain_gemm(
     return run(x, None, weight, None, bias, residual, tiling=tiling)
 
 
-def check_operands(x: jax.Array, weight: jax.Array) -> None:
-    """Raise NotImplementedError unless the kernel takes them."""
+def _check(x: jax.Array, weight: jax.Array) -> None:
     n, k = weight.shape
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
         raise NotImplementedError(

@@ -102,5 +102,6 @@ def valid(
 
 
 def _key(dtype: Any, blocked: bool, activation: str | None = None) -> tuple[str, str, int | None]:
-    op = "gemm_swiglu" if activation else "scaled_gemm"
-    return op, jnp.dtype(dtype).name, BLOCK if blocked else None
+    dtype = jnp.dtype(dtype)
+    product = "scaled_gemm" if dtype.itemsize == 1 else "plain_gemm"
+    return "gemm_swiglu" if activation else product, dtype.name, BLOCK if blocked else None

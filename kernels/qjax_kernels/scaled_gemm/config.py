@@ -6,6 +6,7 @@ import jax
 
 BLOCK = 128  # k and n that share a scale, in the mode with scales for blocks
 SHARED_MEMORY = 232448  # bytes a Hopper block may have
+_SHARED_MEMORY_OF_ALL = 233472  # of a multiprocessor, of which each block costs another 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Config:
       splits: blocks of a cluster that share K: each sums a part of it.
       multicast: blocks of a cluster that lie along the rows and load the column operand together.
       store: columns of the product that are staged at a time on the way out.
+      resident: blocks that share a multiprocessor, and its memory: one's beginning and end are
+        hidden by the other's loads, and smaller shares of the work are spread more evenly.
       promote: fp8 only: k tiles after which the tensor cores' sums are added up in float32
         registers (Hopper's fp8 products keep about 14 bits); 0: never.
       snake: width in tiles of the bands in which the tiles are visited, for the L2 cache.
@@ -36,6 +39,7 @@ class Config:
     splits: int = 1
     multicast: int = 1
     store: int = 64
+    resident: int = 1
     promote: int = 0
     snake: int = 8
 
@@ -48,6 +52,11 @@ class Config:
     def cluster(self) -> int:
         """Blocks of a cluster."""
         return self.splits * self.multicast
+
+    @property
+    def memory(self) -> int:
+        """Bytes of shared memory that a block may have."""
+        return min(SHARED_MEMORY, _SHARED_MEMORY_OF_ALL // self.resident - 1024)
 
     @property
     def owned(self) -> int:

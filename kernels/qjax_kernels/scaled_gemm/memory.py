@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax_kernels.scaled_gemm.config import BLOCK, SHARED_MEMORY
+from qjax_kernels.scaled_gemm.config import BLOCK
 from qjax_kernels.scaled_gemm.tiling import Tiling, round_up
 
 
@@ -88,8 +88,10 @@ def refusal(t: Tiling) -> str | None:
         return f"a tile of {c.columns} columns has several scales for blocks"
     if t.activation and not c.swap and t.staged % 16:
         return f"{t.staged} columns at a time are no pairs of 8 gates and 8 ups"
-    if (need := shared_memory(t)) > SHARED_MEMORY:
-        return f"the tiles need {need} bytes of shared memory, of {SHARED_MEMORY}"
+    if c.resident > 1 and t.moved_registers:
+        return f"{c.resident} blocks on a multiprocessor leave no registers to hand over"
+    if (need := shared_memory(t)) > c.memory:
+        return f"the tiles need {need} bytes of shared memory, of {c.memory}"
     return None
 
 

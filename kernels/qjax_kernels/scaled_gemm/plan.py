@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from qjax_kernels.scaled_gemm.config import BLOCK, Config
 from qjax_kernels.scaled_gemm.memory import refusal
-from qjax_kernels.scaled_gemm.tiling import Tiling, resident_clusters
+from qjax_kernels.scaled_gemm.tiling import Tiling
 
 _MOST = 6
 _WORST = 1.5  # times the best guess: no candidate
@@ -24,11 +24,14 @@ _L2 = 7.0e12  # bytes/s that all multiprocessors together read of the cache
 _INGEST = 60  # bytes a clock that one multiprocessor takes in
 _STEP = 100  # clocks that a stage costs at least
 _START = 2.0e-6  # launch, first loads, last stores
-_MEETING = 1.0e-6  # exchange of sums in a cluster
+_MEETING = 1.0e-6  # exchange of sums with each other block of a cluster
 _TILE = 1.0e-6  # end of a tile of 256 columns, which the next one's products wait for
 _TRANSPOSED = 1.3  # the same where the result is transposed on the way
 _GATE = 0.45e-6  # an activation of 64 x 256 sums, likewise
 _COUPLING = 0.01  # of the time, lost for each doubling of the cluster
+_FEW = 64  # tokens: up to so many, a product lasts as long as its weights take to arrive
+_SLOWER = 1.07  # times the guess, for each trait that `_slower` counts
+_LONG = 5  # stages that are left at least when some are joined to longer ones
 
 
 def candidates(
@@ -74,11 +77,12 @@ def _ranked(
     activation: str | None,
     cores: int,
 ) -> list[Config]:
+    few = m <= _FEW and activation is None and not blocked
     found: dict[tuple, tuple[float, Config]] = {}
     for config in _structures(m, n, k, dtype.itemsize, blocked):
         if activation is not None:
             # Clusters of 4 were slow wherever they were measured, those of few tokens useless.
-            if config.cluster > (1 if m <= 64 else 2):
+            if config.cluster > (1 if m <= _FEW else 2):
                 continue
             # Half as many columns leave.
             config = dataclasses.replace(config, store=config.store * (2 - config.swap))
@@ -102,32 +106,36 @@ def _ranked(
         if tiling is None or (config.splits > 1 and not tiling.once):
             continue
         key: tuple = (config.swap, config.warpgroups, config.splits, config.multicast)
+        key = (*key, config.resident)
         if activation is not None:
             key = (*key, config.columns)
-        guess = seconds(tiling)
+        guess = seconds(tiling) * (_slower(tiling) if few else 1)
         if key not in found or guess < found[key][0]:
             found[key] = guess, tiling.config
     if not found:
         raise NotImplementedError(f"no tiles fit M = {m}, N = {n}, K = {k}")
     ranked = sorted(found.values(), key=lambda pair: pair[0])
     near = [config for guess, config in ranked if guess <= _WORST * ranked[0][0]]
-    if activation is not None and m <= 64:
+    if activation is not None and m <= _FEW:
         return _with_longer_stages(near)[:_MOST]
-    return _with_variants(near, m, dtype.itemsize)[:_MOST]
+    if few:
+        return _with_few_copies(near, k, dtype.itemsize)[:_MOST]
+    return _with_walks(near)[:_MOST] if m >= 1024 else near[:_MOST]
 
 
 def seconds(t: Tiling) -> float:
     """A guess at a call's time: the slowest of four resources, and what does not overlap."""
     c = t.config
-    waves = -(-t.tiles // resident_clusters(t.cores, c.cluster))
+    waves = -(-t.tiles // t.clusters)
+    crowd = min(c.resident, -(-t.blocks // t.cores))  # blocks that run side by side
     blocks = t.tiles * c.cluster
     k = -(-t.steps // c.splits) * c.k_tile * t.operand_bytes
     # A warpgroup's product of 64 x columns x 32 bytes takes columns / 2 clocks.
     clocks = k / BLOCK * max(_STEP, c.warpgroups * 2 * max(c.columns, 16))
     if t.chunk:  # what is added up outside the tensor cores, 128 lanes at a time
         clocks += k / BLOCK / t.chunk * c.columns * c.rows / 128
-    products = waves * clocks / _CLOCK
-    ingest = waves * k * (c.rows + c.columns) / _INGEST / _CLOCK
+    products = waves * crowd * clocks / _CLOCK
+    ingest = waves * crowd * k * (c.rows + c.columns) / _INGEST / _CLOCK
     cache = blocks * k * (c.rows + c.columns / c.multicast) / _L2
     result = jnp.dtype(t.out_dtype).itemsize * t.m * t.outputs
     operands = (t.n * t.k + t.m * t.k) * t.operand_bytes
@@ -137,8 +145,23 @@ def seconds(t: Tiling) -> float:
     end = _TILE * c.columns / 256 * (_TRANSPOSED if c.swap else 1)
     if t.activation:
         end += _GATE * c.warpgroups * c.columns / 256
-    fixed = _START + waves * end + (_MEETING if c.splits > 1 else 0)
+    fixed = _START + waves * end + _MEETING * (c.splits - 1)
     return max(products, ingest, cache, memory) * (1 + _COUPLING * math.log2(c.cluster)) + fixed
+
+
+def _slower(t: Tiling) -> float:
+    """Times the guess: what the model does not see where the weights' arrival is all there is.
+
+    On an H200 with Llama 3 8B's layers, four traits were slower nearly everywhere: stages
+    that bring only 128 bytes of a row (by 3 to 17 %), several warpgroups in clusters that share K
+    (5 to 12 %), one warpgroup in blocks that walk over several tiles (2 %), and blocks that load
+    the tokens together (2 to 18 %).
+    """
+    c = _joined(t.config, t.k, t.operand_bytes, stages=_LONG)
+    short = c.k_tile * t.operand_bytes < 2 * BLOCK
+    shared = c.splits > 1 and c.warpgroups > 1
+    walking = c.warpgroups == 1 and not t.once
+    return _SLOWER ** sum((short, shared, walking, c.multicast > 1))
 
 
 def _structures(m: int, n: int, k: int, width: int, blocked: bool) -> Iterator[Config]:
@@ -151,7 +174,7 @@ def _structures(m: int, n: int, k: int, width: int, blocked: bool) -> Iterator[C
     for warpgroups, columns, (splits, multicast) in itertools.product((1, 2, 4), widths, clusters):
         if warpgroups * columns > 512 or (blocked and columns > 128):
             continue
-        yield Config(
+        config = Config(
             swap=True,
             warpgroups=warpgroups,
             columns=columns,
@@ -161,7 +184,10 @@ def _structures(m: int, n: int, k: int, width: int, blocked: bool) -> Iterator[C
             multicast=multicast,
             store=64 if columns < 256 else 32,
         )
-    for columns, multicast in itertools.product(_WIDE if m > 64 else (), (1, 2, 4)):
+        yield config
+        if m <= _FEW and (warpgroups, splits, multicast) == (1, 2, 1):
+            yield dataclasses.replace(config, resident=2)
+    for columns, multicast in itertools.product(_WIDE if m > _FEW else (), (1, 2, 4)):
         if blocked and columns > 128:
             continue
         yield Config(
@@ -198,17 +224,29 @@ def _with_longer_stages(ranked: list[Config]) -> list[Config]:
     ]
 
 
-def _with_variants(ranked: list[Config], m: int, width: int) -> list[Config]:
-    """Beside the best: narrow stages joined to wider ones; other walks through many tiles."""
+def _with_few_copies(ranked: list[Config], k: int, width: int) -> list[Config]:
+    """Each with its stages joined to few long ones; the best one also with half as long ones.
+
+    A copy costs the threads that ask for it some hundred clocks, however long it is.
+    """
+    found = [_joined(config, k, width, stages=_LONG) for config in ranked]
+    half = _joined(ranked[0], k, width, stages=9)
+    return list(dict.fromkeys([found[0], half, *found[1:]]))
+
+
+def _joined(config: Config, k: int, width: int, stages: int) -> Config:
+    """With stages of two or four times the length, but at least so many, and two for each block."""
+    if config.k_tile * width != BLOCK:
+        return config
+    for times in (4, 2):
+        length = times * config.k_tile
+        if config.stages // times >= stages and k >= 2 * config.splits * length:
+            return dataclasses.replace(config, k_tile=length, stages=config.stages // times)
+    return config
+
+
+def _with_walks(ranked: list[Config]) -> list[Config]:
+    """The best also with other walks through its many tiles."""
     best, *others = ranked
-    tile = BLOCK // width
-    if best.k_tile == tile and best.stages >= 16:
-        double, quadruple = (
-            dataclasses.replace(best, k_tile=times * tile, stages=best.stages // times)
-            for times in (2, 4)
-        )
-        return [double, best, quadruple, *others]
-    if m >= 1024:
-        walks = [dataclasses.replace(best, snake=width) for width in (4, 16)]
-        return [best, *others[: _MOST - 3], *walks]
-    return ranked
+    walks = [dataclasses.replace(best, snake=width) for width in (4, 16)]
+    return [best, *others[: _MOST - 3], *walks]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qjax_kernels.scaled_gemm.config import BLOCK, Config
 
-_REGISTERS = 512  # of a block, for each of 128 threads
+_REGISTERS = 512  # of a multiprocessor, for each of 128 threads
 _LOADER_REGISTERS = 40
 _SPARE_REGISTERS = 30  # of a thread, beside the sums
 
@@ -93,7 +93,13 @@ class Tiling:
     @property
     def clusters(self) -> int:
         """Clusters that are launched."""
-        return min(self.tiles, resident_clusters(self.cores, self.config.cluster))
+        at_once = resident_clusters(self.cores, self.config.cluster) * self.config.resident
+        return min(self.tiles, at_once)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are launched."""
+        return self.clusters * self.config.cluster
 
     @property
     def once(self) -> bool:
@@ -163,7 +169,7 @@ class Tiling:
     @property
     def launch_registers(self) -> int:
         """Registers of each thread at the start: an even share."""
-        groups = self.config.warpgroups + 1
+        groups = (self.config.warpgroups + 1) * self.config.resident
         return min(255, _REGISTERS // groups // 8 * 8)
 
     @property

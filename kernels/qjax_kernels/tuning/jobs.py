@@ -32,7 +32,9 @@ MOST_SEQUENCES = 256
 MOST_CACHE = 4e9  # bytes: what is larger is not tuned
 PAGE = 64  # tokens
 LINEAR_OPS = ("w4a16", "w8a16", "fp8", "int8", "w4a8")
-OPS = (*LINEAR_OPS, "decode_attention")
+DEFAULT_OPS = (*LINEAR_OPS, "decode_attention")
+# bf16 only where it is asked for: plain_gemm leaves more than 64 tokens to XLA anyway.
+OPS = (*DEFAULT_OPS, "bf16")
 CHUNK = 3  # sizes of a job: small enough that the last jobs end together
 
 
@@ -100,7 +102,7 @@ def jobs(
     few = tuple(m for m in ordered if m <= MOST_SEQUENCES)
     for chunk in reversed(chunks):
         for op in ops:
-            if op not in LINEAR_OPS:
+            if op == "decode_attention":
                 continue
             for n, k in linear:
                 group = group_size if op in ("w4a16", "w4a8") else None

@@ -1,4 +1,4 @@
-"""Products with quantized weights, to be tuned."""
+"""Products, to be tuned."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.random import fold_in, normal, randint, uniform
 
 from qjax_kernels import bound
+from qjax_kernels.plain_gemm import mosaic as plain_mosaic
+from qjax_kernels.plain_gemm import xla as plain_xla
 from qjax_kernels.scaled_gemm import choice as scaled_choice
 from qjax_kernels.scaled_gemm import mosaic as scaled_mosaic
 from qjax_kernels.scaled_gemm import xla as scaled_xla
@@ -165,6 +167,28 @@ class Int8(Scaled):
     """int8 x int8."""
 
     dtype = x_dtype = jnp.int8
+
+
+class Plain(Scaled):
+    """bfloat16 x bfloat16, without scales."""
+
+    table_op = "plain_gemm"
+    dtype = jnp.bfloat16
+    x_scales = False
+    limit = 0.01  # rounding the result to bfloat16 makes 1.7e-3
+
+    def rotated(self, seed: jax.Array) -> Any:
+        return (super().rotated(seed)[0],)
+
+    def call(self, config: Any) -> Callable[[Any, Any], jax.Array]:
+        run: Callable[..., jax.Array] = plain_xla.plain_gemm
+        if config is not None:
+            run = partial(plain_mosaic.plain_gemm, config=config)
+        return lambda shared, weight: run(*shared, *weight, out_dtype=OUT)
+
+    def reference(self, shared: Any, rotated: Any) -> jax.Array:
+        x, w = shared[0][self.rows].astype(jnp.float32), rotated[0].astype(jnp.float32)
+        return jnp.matmul(x, w.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _values(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -11,6 +11,7 @@ PROBLEMS: dict[str, type[Problem]] = {
     "int8": linear.Int8,
     "w4a8": linear.W4A8,
     "decode_attention": attention.Attention,
+    "bf16": linear.Plain,
 }
 
 

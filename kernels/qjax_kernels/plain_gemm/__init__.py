@@ -1,0 +1,1 @@
+"""The product of activations and weights of 16 bits."""
