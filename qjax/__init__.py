@@ -18,6 +18,7 @@ from qjax.lm import load as load
 from qjax.lm import quantize_model as quantize_model
 from qjax.plan import Plan as Plan
 from qjax.plan import plan as plan
+from qjax.prepare import load_prepared as load_prepared
 from qjax.prepare import prepare as prepare
 from qjax.presets import PRESETS as PRESETS
 from qjax.presets import preset as preset

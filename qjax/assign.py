@@ -40,7 +40,7 @@ def assign(params: Any, cfg: QuantConfig) -> dict[str, Assignment]:
     assigned: dict[str, Assignment] = {}
     candidates = [(n, leaf) for n, leaf in leaves_by_name(params).items() if _is_candidate(n, leaf)]
     for name, leaf in candidates:
-        matching = [i for i, rule in enumerate(rules) if rule.matches(name)]
+        matching = [i for i, rule in enumerate(rules) if _reaches(rule, name)]
         for i in matching:
             used[i] = True
         if matching and rules[matching[0]].weight is not None:
@@ -52,6 +52,12 @@ def assign(params: Any, cfg: QuantConfig) -> dict[str, Assignment]:
     if not all(used):
         _raise_unmatched(rules, used, [name for name, _ in candidates])
     return assigned
+
+
+def _reaches(rule: Rule, name: str) -> bool:
+    """Whether a rule is about a leaf. The router of a mixture of experts must be spelled: it is
+    small, and a token that it sends elsewhere is lost."""
+    return rule.matches(name) and ("router" in rule.path or "router" not in name)
 
 
 def _is_candidate(name: str, leaf: Any) -> bool:
@@ -78,7 +84,9 @@ def _assignment(name: str, leaf: Any, rule: Rule) -> Assignment:
             f"{name} {tuple(leaf.shape)} has more than two axes, and which of them contract is not "
             f"known; convert the model with qjax.nn.convert, or leave it alone: ignore=[{name!r}]"
         )
-    if rule.needs_stats and (len(leaf.shape) > 2 or name.endswith("embedding")):
+    # Experts are calibrated together, but other stacks are not calibrated at all.
+    stacked = len(leaf.shape) > 2 and ".experts." not in name
+    if rule.needs_stats and (stacked or name.endswith("embedding")):
         raise ConfigError(
             f"{name} {tuple(leaf.shape)} cannot have a static activation scale: stacked weights "
             "and embeddings are not calibrated; give it act_scale='dynamic' by a rule of its own"
@@ -103,6 +111,6 @@ def _raise_unmatched(rules: list[Rule], used: list[bool], names: list[str]) -> N
     some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     raise ConfigError(
         f"no weight matches {', '.join(unused)}. Patterns are searched in dotted names; those of "
-        f"weights with two or more axes here: {some or 'none'}. Embeddings, norms and lm_head are "
-        "reached only by a pattern that spells the word"
+        f"weights with two or more axes here: {some or 'none'}. Embeddings, norms, lm_head and "
+        "routers are reached only by a pattern that spells the word"
     )

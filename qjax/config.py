@@ -32,7 +32,8 @@ class Rule:
       symmetric: False adds a zero point (integer formats).
       scale_rule: 'absmax' or 'absmax_half', see numerics.scale_from_amax.
       scale_dtype: 'float32', 'bfloat16'; None: bfloat16 for groups, else float32.
-      act: format of the activations in products with the weight; None: weight-only.
+      act: format of the activations in products with the weight, see numerics.PRODUCTS; None:
+        weight-only.
       act_granularity: 'per_token' or 'per_tensor'. A dynamic per_tensor scale is taken over all
         that is computed at once, other sequences and padding included.
       act_scale: 'dynamic' (from the activations, as they come) or 'static' (per_tensor, from
@@ -99,16 +100,18 @@ class Rule:
             if self.act_scale == "static":
                 raise ConfigError("act_scale 'static' without act: name the format of activations")
             return
-        act = numerics.get_format(self.act)
-        if self.weight is None or numerics.get_format(self.weight).dtype != act.dtype:
+        numerics.get_format(self.act)
+        groups = numerics.PRODUCTS.get((str(self.weight), self.act))
+        if groups is None:
             raise ConfigError(
-                f"act {self.act!r} with weight {self.weight!r}: activations and weight must share "
-                "one 8-bit format; choose the same for both, or act=None for weight-only"
+                f"act {self.act!r} with weight {self.weight!r}: no product takes these formats; "
+                f"choose one of: {numerics.known_products()}, or act=None for weight-only"
             )
-        if act.bits != 8 or self.granularity == "per_group" or not self.symmetric:
+        if not self.symmetric or (self.granularity == "per_group" and not groups):
             raise ConfigError(
-                f"act {self.act!r} needs an 8-bit symmetric weight, per_channel or per_tensor; this"
-                f" rule says granularity={self.granularity!r}, symmetric={self.symmetric}"
+                f"act {self.act!r} with weight {self.weight!r} needs a symmetric weight"
+                f"{'' if groups else ', per_channel or per_tensor'}; this rule says "
+                f"granularity={self.granularity!r}, symmetric={self.symmetric}"
             )
         if self.act_scale == "static" and self.act_granularity != "per_tensor":
             raise ConfigError(

@@ -10,7 +10,7 @@ from flax import nnx
 
 from qjax import cache as kv
 from qjax import speculate as lookup_decoding
-from qjax.sampling import How, Logprobs, Settings, greedy, is_end, logprobs, sample
+from qjax.sampling import How, Logprobs, Settings, greedy, is_end, logprobs, sample, withhold
 from qjax.speculate import Lookup, PromptLookup
 
 
@@ -20,6 +20,7 @@ from qjax.speculate import Lookup, PromptLookup
         "step",
         "tokens",
         "done",
+        "broken",
         "counts",
         "positions",
         "cache",
@@ -38,6 +39,8 @@ class DecodeState:
         or the least it has got if speculating.
       tokens: int32 [batch, max_new], the new tokens; what lies past `counts` is padding.
       done: bool [batch], sequences that have ended or have all the tokens they may get.
+      broken: int32 [batch], the first new token whose logit was not finite, counted from 1; 0:
+        none. Such a sequence is done.
       counts: int32 [batch], valid tokens of each sequence, its end token included.
       positions: int32 [batch], where the next token of each sequence goes in the cache.
       cache: what the model's `init_cache` makes: one KVCache a layer, or a PagedCache.
@@ -50,6 +53,7 @@ class DecodeState:
     step: jax.Array
     tokens: jax.Array
     done: jax.Array
+    broken: jax.Array
     counts: jax.Array
     positions: jax.Array
     cache: list[kv.KVCache] | kv.PagedCache
@@ -97,11 +101,14 @@ def prefill(
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = model.logits(last)
     seen = _mark_prompt(input_ids, lengths, logits.shape[-1]) if how.penalty else None
-    token = sample(logits, jnp.int32(0), settings, how, seen)
+    none = jnp.zeros(batch, jnp.int32)
+    allowed = withhold(logits, none, end_ids, settings, how)
+    token = sample(allowed, jnp.int32(0), settings, how, seen)
     first = DecodeState(
         step=jnp.int32(1),
         tokens=jnp.zeros((batch, max_new), jnp.int32).at[:, 0].set(token),
         done=is_end(token, end_ids) | (settings.max_tokens <= 1),
+        broken=none,
         counts=jnp.ones(batch, jnp.int32),
         positions=lengths,
         cache=cache,
@@ -163,7 +170,9 @@ def _step(
     last = jax.lax.dynamic_index_in_dim(carry.tokens, carry.step - 1, axis=1)
     hidden, cache = model.hidden(last, carry.positions[:, None], carry.cache)
     logits = model.logits(hidden[:, 0])
-    token = sample(logits, carry.step, settings, how, carry.seen)
+    allowed = withhold(logits, carry.counts, end_ids, settings, how)
+    token = sample(allowed, carry.step, settings, how, carry.seen)
+    wrong = ~jnp.isfinite(_chosen(logits, token)) & ~carry.done
     token = jnp.where(carry.done, 0, token)
     counts = carry.counts + (~carry.done).astype(jnp.int32)
 
@@ -173,7 +182,8 @@ def _step(
     return DecodeState(
         step=carry.step + 1,
         tokens=put(carry.tokens, token),
-        done=carry.done | is_end(token, end_ids) | (counts >= settings.max_tokens),
+        done=carry.done | is_end(token, end_ids) | (counts >= settings.max_tokens) | wrong,
+        broken=jnp.where(wrong, counts, carry.broken),
         counts=counts,
         positions=carry.positions + 1,
         cache=cache,
@@ -205,10 +215,14 @@ def _speculative_step(
     hidden, cache = model.hidden(inputs, positions, carry.cache)
     logits = model.logits(hidden)
     seen = None if carry.seen is None else _mark_each(carry.seen, candidates)
-    own = greedy(logits, settings, how, seen)
+    before = carry.counts[:, None] + jnp.arange(inputs.shape[1])
+    own = greedy(withhold(logits, before, end_ids, settings, how), settings, how, seen)
     room = jnp.where(carry.done, 0, settings.max_tokens - carry.counts)
     count, accepted, ended = lookup_decoding.accept(own, candidates, found, end_ids, room)
     counts = carry.counts + count
+    wrong = ~jnp.isfinite(_chosen(logits, own)) & (before < counts[:, None])
+    first_wrong = carry.counts + 1 + jnp.argmax(wrong, axis=1)
+    wrong = wrong.any(axis=1)
     running = (~carry.done).astype(jnp.int32)
 
     def put(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
@@ -221,7 +235,8 @@ def _speculative_step(
     return DecodeState(
         step=carry.step + 1,
         tokens=put(carry.tokens, own, carry.counts),
-        done=carry.done | ended | (counts >= settings.max_tokens),
+        done=carry.done | ended | (counts >= settings.max_tokens) | wrong,
+        broken=jnp.where(wrong, first_wrong, carry.broken),
         counts=counts,
         positions=carry.positions + count,
         cache=cache,
@@ -240,6 +255,15 @@ def _speculative_step(
             accepted=lookup.accepted + accepted,
         ),
     )
+
+
+def _chosen(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The logits [...] of tokens [...], which tell of all that the products before them met.
+
+    A number that is not finite makes every logit behind it so, or is the largest itself. Looking at
+    one logit of each row costs nothing; at all of them, a kernel of its own.
+    """
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
 
 
 def _mark(seen: jax.Array, token: jax.Array) -> jax.Array:

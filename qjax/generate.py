@@ -3,12 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax import compile_cache
 from qjax.decode import DecodeState, decode, prefill
 from qjax.errors import DataError
 from qjax.request import Request, encode
@@ -20,6 +21,7 @@ BUCKET = 64
 STOP_STRIDE = 16
 # End tokens are filled up to a multiple of this, likewise.
 END_BUCKET = 8
+_ADVICE = "check its weights (qjax quantize names bad ones) and try dtype='float32'"
 
 
 def generate(lm: Any, request: Request) -> Generation:
@@ -69,6 +71,7 @@ class _Run:
     """One generation: its inputs on the device, its compiled functions, and its clock."""
 
     def __init__(self, lm: Any, request: Request) -> None:
+        compile_cache.enable()
         self.tokenizer = lm.tokenizer
         self.request = request
         self.graphdef, self.state = lm.split()
@@ -93,7 +96,8 @@ class _Run:
         for at, row in zip(ids, rows, strict=True):
             at[: len(row)] = row
         self.ids = jnp.asarray(ids)
-        ends = [*lm.config.eos_token_id, *request.stop_ids]
+        own_ends = () if request.ignore_eos else lm.config.eos_token_id
+        ends = [*own_ends, *request.stop_ids]
         self.ends = frozenset(ends)
         filled = np.full(_round_up(max(len(ends), 1), END_BUCKET), -1, np.int32)
         filled[: len(ends)] = ends
@@ -101,6 +105,7 @@ class _Run:
         self.settings = request.sampling.settings(len(rows), request.max_new_tokens)
         self.static = {"how": request.sampling.how, "speculate": request.speculate}
         self.compile_s = self.prefill_s = self.decode_s = 0.0
+        self.program_bytes: int | None = None
 
     def prefill(self) -> DecodeState:
         speculate = self.request.speculate
@@ -116,10 +121,7 @@ class _Run:
         )
         self.prefill_s += seconds
         if not bool(finite):
-            raise DataError(
-                "the model's logits are NaN or infinite after the prompt; check its weights "
-                "(qjax quantize names bad ones) and try dtype='float32'"
-            )
+            raise DataError(f"the model's logits are NaN or infinite after the prompt; {_ADVICE}")
         return carry
 
     def decode(self, carry: DecodeState, limit: int) -> DecodeState:
@@ -129,14 +131,23 @@ class _Run:
             **self.static,
         )
         self.decode_s += seconds
+        broken = np.asarray(carry.broken)
+        if broken.any():
+            index = int(np.flatnonzero(broken)[0])
+            raise DataError(
+                f"the model's logits are NaN or infinite at new token {broken[index]} of prompt "
+                f"{index}; {_ADVICE}"
+            )
         return carry
 
     def _timed(self, function: Any, args: tuple[Any, ...], **static: Any) -> tuple[Any, float]:
         start = time.perf_counter()
-        compiled = _compile(function, self.graphdef, args, static)
+        program = _compile(function, self.graphdef, args, static)
         ready = time.perf_counter()
         self.compile_s += ready - start
-        result = jax.block_until_ready(compiled(*args))
+        if program.bytes is not None:
+            self.program_bytes = max(self.program_bytes or 0, program.bytes)
+        result = jax.block_until_ready(program.run(*args))
         return result, time.perf_counter() - ready
 
     def rows(self, carry: DecodeState) -> list[list[int]]:
@@ -147,11 +158,25 @@ class _Run:
         """Text of the new tokens `row` of sequence `index`, without end token and cut before the
         first stop string; and whether there was one."""
         kept = row[:-1] if row and row[-1] in self.ends else row
+        text = self._text(index, kept)
+        cuts = [text.find(s, self._stops_from(index, kept, s)) for s in self.request.stop_strings]
+        cuts = [cut for cut in cuts if cut >= 0]
+        return (text[: min(cuts)], True) if cuts else (text, False)
+
+    def _stops_from(self, index: int, kept: list[int], stop: str) -> int:
+        """Where in the text of `kept` a stop string counts: it ends behind the least tokens."""
+        least = self.request.sampling.entries("min_tokens")
+        least = least[index] if len(least) > 1 else least[0]
+        if not least:
+            return 0
+        text = self._text(index, kept[:least])
+        return max(0, len(text) - len(stop) + 1)
+
+    def _text(self, index: int, kept: list[int]) -> str:
+        """Text of tokens that follow the prompt."""
         tail = self.tails[index]
         before = self.tokenizer.decode(tail, skip_special_tokens=True)
-        text = self.tokenizer.decode(tail + kept, skip_special_tokens=True)[len(before) :]
-        cuts = [text.find(s) for s in self.request.stop_strings if s in text]
-        return (text[: min(cuts)], True) if cuts else (text, False)
+        return self.tokenizer.decode(tail + kept, skip_special_tokens=True)[len(before) :]
 
     def find_stop(self, index: int, row: list[int]) -> int | None:
         """How many tokens it takes for a stop string to be complete; None if none is."""
@@ -184,7 +209,8 @@ class _Run:
             decode_s=self.decode_s,
             prefill_tokens_per_s=self.prompt_tokens / self.prefill_s,
             decode_tokens_per_s=decoded / self.decode_s if decoded else 0.0,
-            peak_bytes=_peak_bytes(),
+            peak_bytes=_peak_bytes(carry.tokens),
+            program_bytes=self.program_bytes,
             speculation=_speculation(carry),
         )
         logs = carry.logprobs
@@ -216,12 +242,21 @@ def _speculation(carry: DecodeState) -> SpeculationStats | None:
     )
 
 
+class _Program(NamedTuple):
+    """An executable, and the device memory that it takes with all it is given, if known."""
+
+    run: Callable[..., Any]
+    bytes: int | None
+
+
 # Executables by function, shapes and settings; the oldest goes when there are too many.
-_COMPILED: dict[Any, Callable[..., Any]] = {}
+_COMPILED: dict[Any, _Program] = {}
 _COMPILED_LIMIT = 64
 
 
-def _compile(function: Any, graphdef: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
+def _compile(
+    function: Any, graphdef: Any, args: tuple[Any, ...], static: dict[str, Any]
+) -> _Program:
     """The executable for these shapes, compiled once; apart, so that it can be timed apart."""
     leaves, treedef = jax.tree.flatten(args)
     shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
@@ -230,14 +265,24 @@ def _compile(function: Any, graphdef: Any, args: tuple[Any, ...], static: dict[s
     if key not in _COMPILED:
         while len(_COMPILED) >= _COMPILED_LIMIT:
             del _COMPILED[next(iter(_COMPILED))]
-        _COMPILED[key] = function.lower(graphdef, *args, **static).compile()
+        compiled = function.lower(graphdef, *args, **static).compile()
+        _COMPILED[key] = _Program(compiled, _program_bytes(compiled))
     return _COMPILED[key]
+
+
+def _program_bytes(compiled: Any) -> int | None:
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    inside = found.argument_size_in_bytes + found.output_size_in_bytes
+    return int(inside - found.alias_size_in_bytes + found.temp_size_in_bytes)
 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _peak_bytes() -> int | None:
-    stats = jax.devices()[0].memory_stats()
+def _peak_bytes(array: jax.Array) -> int | None:
+    """Of the device that has an array."""
+    stats = min(array.devices(), key=lambda device: device.id).memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")

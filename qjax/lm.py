@@ -1,6 +1,5 @@
 """LanguageModel: a model, its config and its tokenizer; and `load`."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,16 +11,17 @@ import numpy as np
 from flax import nnx
 
 from qjax import checkpoint
+from qjax.arriving import Arriving
 from qjax.calibrate import calibrate
 from qjax.checkpoint import huggingface
 from qjax.checkpoint.format import FILE, Manifest
+from qjax.checkpoint.orbax import OrbaxReader, fill
 from qjax.config import QuantConfig
 from qjax.errors import CheckpointError, DataError
 from qjax.generate import generate, stream
 from qjax.models.registry import abstract_model, get_family
 from qjax.presets import preset
-from qjax.qarray import is_qarray
-from qjax.quantize import check_finite, quantize
+from qjax.quantize import Stats, check_finite, quantize
 from qjax.request import Prompts, Request
 from qjax.result import Generation
 from qjax.speculate import PromptLookup
@@ -118,9 +118,11 @@ class LanguageModel:
         top_p: float | Sequence[float | None] | None = None,
         min_p: float | Sequence[float | None] | None = None,
         repetition_penalty: float | Sequence[float] = 1.0,
+        min_tokens: int | Sequence[int] = 0,
         seed: int | Sequence[int] = 0,
         logprobs: int | None = None,
         stop: str | int | Iterable[str | int] = (),
+        ignore_eos: bool = False,
         speculate: PromptLookup | None = None,
     ) -> Generation:
         """Continue prompts. One jitted prefill, then one jitted `lax.while_loop`.
@@ -129,29 +131,32 @@ class LanguageModel:
           prompts: a string, a list of strings, or token ids [batch, seq] (rows may differ in
             length). Strings need the tokenizer.
           max_new_tokens: at most this many new tokens for each prompt.
-          temperature: 0 is greedy. This and the next five are one number for all prompts, or a
+          temperature: 0 is greedy. This and the next six are one number for all prompts, or a
             list with one for each.
           top_k, top_p, min_p, repetition_penalty: see `qjax.sampling.Sampling`.
+          min_tokens: no sequence ends before it has so many new tokens: what would end it is not
+            chosen.
           seed: of the random draws. One number: prompt i is drawn with seed + i. The tokens of a
             prompt depend on its own seed, whatever else is in the batch.
           logprobs: 0 reports the log-probability of each new token, n > 0 also the n most likely
             tokens at each place; None neither.
           stop: what ends a sequence besides the model's own end token: token ids, or strings
             (the text is cut before the string).
+          ignore_eos: the model's own end token ends nothing.
           speculate: a `PromptLookup`: tokens are guessed from the text so far and verified several
             at a time. The tokens are those of greedy decoding without it, wherever a pass over
             several tokens computes the logits of single steps: to the bit on CPUs, within the
             rounding of its kernels on GPUs. Needs temperature 0.
 
         Other numbers compile nothing again; turning a feature on does (draws, min_p, penalty,
-        logprobs, speculation).
+        min_tokens, logprobs, speculation).
 
         Returns:
           a `Generation`: token_ids [batch, new], text, stats, and logprobs if asked for.
 
         Raises:
           DataError: an empty prompt, one that does not fit the context, a bad setting; or the
-            model's logits are not finite.
+            model's logits are not finite, after the prompt or at a new token, which is named.
         """
         request = Request.make(
             prompts,
@@ -161,9 +166,11 @@ class LanguageModel:
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
+            min_tokens=min_tokens,
             seed=seed,
             logprobs=logprobs,
             stop=stop,
+            ignore_eos=ignore_eos,
             speculate=speculate,
         )
         return generate(self, request)
@@ -178,8 +185,10 @@ class LanguageModel:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
+        min_tokens: int = 0,
         seed: int = 0,
         stop: str | int | Iterable[str | int] = (),
+        ignore_eos: bool = False,
         speculate: PromptLookup | None = None,
     ) -> Iterator[str]:
         """Continue one prompt, yielding text as it comes, after each jitted decode step.
@@ -194,8 +203,10 @@ class LanguageModel:
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
+            min_tokens=min_tokens,
             seed=seed,
             stop=stop,
+            ignore_eos=ignore_eos,
             speculate=speculate,
         )
         return stream(self, request)
@@ -227,6 +238,9 @@ def load(
     path: str | os.PathLike[str],
     dtype: Any = None,
     *,
+    quantization: QuantConfig | str | None = None,
+    stats: Stats | None = None,
+    device: jax.Device | None = None,
     hf_overrides: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
@@ -236,41 +250,66 @@ def load(
       path: the directory.
       dtype: 'float32', 'bfloat16', ...: of the plain weights and of the activations; None: as
         stored. Quantized values are never changed by it.
+      quantization: a recipe or the name of a preset: each weight is quantized as it arrives, so
+        that of the originals one at a time is on the device.
+      stats: what `qjax.calibrate` returned for this model, if the recipe has static scales.
+      device: where the weights go; None: JAX's default.
       hf_overrides: entries that replace those of a Hugging Face config.json.
       progress: called as progress(done, total) after each file of weights.
 
     Raises:
       CheckpointError: missing, truncated, foreign, newer, or of an unknown architecture.
+      ConfigError, DataError: as `quantize`; a checkpoint that is quantized already.
     """
     path = Path(path)
     dtype = None if dtype is None else _floating(dtype)
+    recipe = _recipe(quantization)
+    arriving = Arriving(device=device, dtype=dtype)
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path}; check the path")
     if (path / "config.json").is_file() and not (path / FILE).is_file():
-        return _load_huggingface(path, dtype, hf_overrides or {}, progress)
+        return _load_huggingface(path, arriving, recipe, stats, hf_overrides or {}, progress)
     if hf_overrides:
         raise CheckpointError(f"hf_overrides need a Hugging Face directory; {path} is qjax's own")
-    return _load_own(path, dtype)
+    return _load_own(path, arriving, recipe, stats)
+
+
+def _recipe(cfg: QuantConfig | str | None) -> QuantConfig | None:
+    cfg = preset(cfg) if isinstance(cfg, str) else cfg
+    if cfg is not None and not isinstance(cfg, QuantConfig):
+        raise DataError(f"cfg is {cfg!r}; give a qjax.QuantConfig or the name of a preset")
+    return cfg
 
 
 def _load_huggingface(
     path: Path,
-    dtype: jnp.dtype | None,
+    arriving: Arriving,
+    recipe: QuantConfig | None,
+    stats: Stats | None,
     overrides: dict[str, Any],
     progress: Callable[[int, int], None] | None,
 ) -> LanguageModel:
     raw = huggingface.read_config(path) | overrides
     model_type = raw["model_type"]
     family = get_family(model_type)
-    config = family.config.from_hf(raw)
-    graphdef, abstract = abstract_model(model_type, config, dtype or jnp.dtype(jnp.bfloat16))
-    state = huggingface.load_state(path, family, abstract, dtype, progress)
+    config = family.from_hf(raw)
+    dtype = arriving.dtype or jnp.dtype(jnp.bfloat16)
+    graphdef, abstract = abstract_model(model_type, config, dtype)
+    if recipe is not None:
+        arriving = arriving.quantizing(abstract, recipe, stats)
+    state = huggingface.load_state(path, family, config, abstract, arriving.leaf, progress)
     return LanguageModel(
-        nnx.merge(graphdef, state), config, model_type=model_type, tokenizer=_tokenizer(path)
+        nnx.merge(graphdef, state),
+        config,
+        model_type=model_type,
+        tokenizer=_tokenizer(path),
+        quantization=recipe,
     )
 
 
-def _load_own(path: Path, dtype: jnp.dtype | None) -> LanguageModel:
+def _load_own(
+    path: Path, arriving: Arriving, recipe: QuantConfig | None, stats: Stats | None
+) -> LanguageModel:
     manifest = Manifest.read(path)
     if manifest.model is None:
         raise CheckpointError(
@@ -278,22 +317,37 @@ def _load_own(path: Path, dtype: jnp.dtype | None) -> LanguageModel:
         )
     try:
         model_type = manifest.model["model_type"]
-        config = get_family(model_type).config.from_dict(manifest.model["config"])
-        recipe = manifest.quantization
-        quantization = None if recipe is None else QuantConfig.from_dict(recipe)
+        config = get_family(model_type).from_dict(manifest.model["config"])
+        stored = manifest.quantization
+        quantization = None if stored is None else QuantConfig.from_dict(stored)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / FILE} is damaged: {error!r}") from error
-    graphdef, abstract = abstract_model(model_type, config, dtype or jnp.dtype(jnp.bfloat16))
-    state = checkpoint.restore(path, abstract)
-    if dtype is not None:
-        state = jax.tree.map(lambda leaf: _cast(leaf, dtype), state, is_leaf=is_qarray)
+    if recipe is not None and quantization is not None:
+        raise DataError(f"{path} is quantized already, by {quantization.name!r}; load the original")
+    dtype = arriving.dtype or jnp.dtype(jnp.bfloat16)
+    graphdef, abstract = abstract_model(model_type, config, dtype)
+    if recipe is not None:
+        arriving = arriving.quantizing(abstract, recipe, stats)
+    state = fill(abstract, _arrived(OrbaxReader(path), arriving), str(path))
     return LanguageModel(
         nnx.merge(graphdef, state),
         config,
         model_type=model_type,
         tokenizer=_tokenizer(path),
-        quantization=quantization,
+        quantization=quantization or recipe,
     )
+
+
+def _arrived(reader: OrbaxReader, arriving: Arriving) -> dict[str, Any]:
+    """All leaves: one after the other if they are quantized on the way, else at once."""
+    sharding = jax.sharding.SingleDeviceSharding(arriving.on)
+    names = list(reader.manifest.leaves)
+    groups = [[name] for name in names] if arriving.assigned else [names]
+    leaves: dict[str, Any] = {}
+    for group in groups:
+        for name, leaf in reader.leaves(group, lambda name, spec: sharding).items():
+            leaves[name] = arriving.leaf(name, leaf)
+    return leaves
 
 
 def _floating(dtype: Any) -> jnp.dtype:
@@ -304,12 +358,6 @@ def _floating(dtype: Any) -> jnp.dtype:
     if result not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise DataError(f"dtype {result} is not for activations; choose 'float32' or 'bfloat16'")
     return result
-
-
-def _cast(leaf: Any, dtype: jnp.dtype) -> Any:
-    if is_qarray(leaf):
-        return dataclasses.replace(leaf, dtype=dtype.name)
-    return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _tokenizer(path: Path) -> Any:
@@ -344,9 +392,9 @@ def quantize_model(
     Raises:
       ConfigError, DataError: as `quantize` and `calibrate`.
     """
-    cfg = preset(cfg) if isinstance(cfg, str) else cfg
-    if not isinstance(cfg, QuantConfig):
-        raise DataError(f"cfg is {cfg!r}; give a qjax.QuantConfig or the name of a preset")
+    recipe = _recipe(cfg)
+    if recipe is None:
+        raise DataError("cfg is None; give a qjax.QuantConfig or the name of a preset")
     if not lm.canonical:
         raise DataError("the model is prepared for its kernels; quantize the one it came from")
     if lm.quantization is not None:
@@ -356,6 +404,6 @@ def quantize_model(
     _, state = lm.split()
     check_finite(state)
     stats = None
-    if cfg.needs_stats and batches is not None:
+    if recipe.needs_stats and batches is not None:
         stats = calibrate(lm.model, [lm.check_ids(batch) for batch in batches])
-    return lm.with_state(quantize(state, cfg, stats, progress=progress), cfg)
+    return lm.with_state(quantize(state, recipe, stats, progress=progress), recipe)

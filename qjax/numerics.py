@@ -57,6 +57,22 @@ FORMATS: dict[str, Format] = {
 }
 
 
+# (weight, activations) that one product takes -> whether the weight may have several scales along
+# the axis that contracts. Operands of one format meet as they are, so that one scale leaves each
+# row of the sum; int4 is decoded first, group by group.
+PRODUCTS: dict[tuple[str, str], bool] = {
+    ("int4", "fp8_e4m3"): True,
+    ("int8", "int8"): False,
+    ("fp8_e4m3", "fp8_e4m3"): False,
+    ("fp8_e5m2", "fp8_e5m2"): False,
+}
+
+
+def known_products() -> str:
+    """PRODUCTS in words, for messages."""
+    return ", ".join(f"{weight} with {act}" for weight, act in PRODUCTS)
+
+
 def get_format(name: str) -> Format:
     """The format called `name`; raises ConfigError, listing the names there are."""
     return FORMATS[one_of("format", name, FORMATS)]

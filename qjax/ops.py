@@ -5,16 +5,18 @@ input. Kernels that prepared decoders (`qjax.runtime`) call are imported by thei
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from qjax_kernels.attention import xla as xla_attention
 from qjax_kernels.decode_attention.api import decode_attention as decode_attention
 from qjax_kernels.gemm_swiglu.api import gemm_swiglu as gemm_swiglu
 from qjax_kernels.gemm_swiglu.layout import interleave as interleave
 from qjax_kernels.glu_quant.api import glu_quant as glu_quant
+from qjax_kernels.grouped_gemm import api as grouped
 from qjax_kernels.matmul import matmul
 from qjax_kernels.norm_quant.api import norm_quant as norm_quant
+from qjax_kernels.plain_gemm.api import plain_gemm as plain_gemm
 from qjax_kernels.prefill_attention.api import paged_prefill_attention as paged_prefill_attention
 from qjax_kernels.prefill_attention.api import prefill_attention as prefill_attention
 from qjax_kernels.quantize_rows.api import quantize_rows as quantize_rows
@@ -23,10 +25,14 @@ from qjax_kernels.sampling import api as sampling
 from qjax_kernels.scaled_gemm import api as scaled
 from qjax_kernels.scaled_gemm.api import scaled_gemm as scaled_gemm
 from qjax_kernels.weight_only_gemm import api as weight_only
+from qjax_kernels.weight_only_gemm.api import Summed as Summed
 from qjax_kernels.weight_only_gemm.api import prepared_gemm as prepared_gemm
+from qjax_kernels.weight_only_gemm.api import residual_gemm as residual_gemm
+from qjax_kernels.weight_only_gemm.api import w4a8_gemm as w4a8_gemm
 from qjax_kernels.weight_only_gemm.layout import Prepared as Prepared
 from qjax_kernels.weight_only_gemm.layout import prepare as prepare_weight  # noqa: F401
 
+from qjax import attention as canonical_attention
 from qjax import numerics
 from qjax.qarray import InputSpec, QArray, dequantize
 
@@ -77,6 +83,8 @@ def _quantized_linear(
     spec = weight.input
     if spec is not None:
         x = _transform_input(x, spec)
+    if spec is not None and spec.format not in (None, weight.format):
+        return _mixed_linear(x, weight, spec, out_dtype, implementation)
     if spec is not None and spec.format is not None:
         x_values, x_scale = quantize_activations(x, spec)
         columns = weight.axis == -1
@@ -101,6 +109,25 @@ def _quantized_linear(
         out_dtype=out_dtype,
         implementation=implementation,
     )
+
+
+def _mixed_linear(
+    x: jax.Array,
+    weight: QArray,
+    spec: InputSpec,
+    out_dtype: jnp.dtype,
+    implementation: str | None,
+) -> jax.Array:
+    """Quantized activations with a weight of another format: x_scale * (x_values @ W.T).
+
+    The weight is dequantized block by block, and the product is one of float32 numbers: of the
+    activations that are rounded to their format, so that nothing but sums is rounded again.
+    """
+    wide = jnp.dtype(jnp.float32)
+    values, scale = quantize_activations(x, spec)
+    weight = dataclasses.replace(weight, input=None)
+    y = _quantized_linear(values.astype(wide), weight, wide, implementation)
+    return (y * scale).astype(out_dtype)
 
 
 def _transposed_linear(
@@ -204,32 +231,148 @@ def _mean(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=product, default=reduction)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding, halves convention (Hugging Face Llama); arXiv:2104.09864.
+def layer_norm(
+    x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, eps: float
+) -> jax.Array:
+    """(x - mean) / deviation * scale + bias over the last axis, in float32; arXiv:1607.06450.
+
+    Args:
+      x: [..., features].
+      scale, bias: [features]; None: ones, zeros.
+      eps: added to the mean square of x - mean.
+    """
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - _mean(x32)
+    y = x32 * jax.lax.rsqrt(_mean(jnp.square(x32)) + eps)
+    if scale is not None:
+        y = y * scale.astype(jnp.float32)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def apply_rope(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False
+) -> jax.Array:
+    """Rotary position embedding; arXiv:2104.09864.
 
     Args:
       x: [batch, tokens, heads, head_dim].
-      cos, sin: float32 [batch, tokens, head_dim/2].
+      cos, sin: float32 [batch, tokens, r/2]; dims from r on are not rotated.
+      interleaved: dims 2i and 2i + 1 are a pair (GPT-J), instead of i and i + r/2 (Llama).
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotary_dim = 2 * cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    x32 = x[..., :rotary_dim].astype(jnp.float32)
+    if interleaved:
+        first, second = x32[..., ::2], x32[..., 1::2]
+    else:
+        first, second = jnp.split(x32, 2, axis=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        rotated = jnp.stack(pair, axis=-1).reshape(x32.shape)
+    else:
+        rotated = jnp.concatenate(pair, axis=-1)
+    rotated = rotated.astype(x.dtype)
+    if rotary_dim == x.shape[-1]:
+        return rotated
+    return jnp.concatenate([rotated, x[..., rotary_dim:]], axis=-1)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    *,
+    alibi_slopes: jax.Array | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
     """Causal grouped-query attention over cached or fresh keys; softmax in float32.
+
+    With p the position of query i, and t that of a key:
+
+        s[i, t] = cap(scale * sum_d q[i, h, d] k[t, d]) + alibi_slopes[h] * (t - p)
+        y[i, h] = sum_t softmax(s[i])[t] v[t],  over t with p - window < t <= p
+        cap(x) = soft_cap * tanh(x / soft_cap)
 
     Args:
       q: [batch, tokens, heads, head_dim].
       k, v: [batch, kv_heads, length, head_dim], index in `length` = position; heads is a
         multiple of kv_heads.
       positions: int32 [batch, tokens]; a query sees keys at positions up to its own.
+      alibi_slopes: float32 [heads], arXiv:2108.12409; None: no bias.
+      scale: None: head_dim ** -0.5.
+      window: positions that a query sees, the last ones; None: all.
+      soft_cap: None: no cap.
 
     Returns:
       [batch, tokens, heads, head_dim].
     """
-    return xla_attention.attention(q, k, v, positions)
+    return canonical_attention.attention(
+        q, k, v, positions, alibi_slopes, scale=scale, window=window, soft_cap=soft_cap
+    )
+
+
+def grouped_linear(
+    x: jax.Array,
+    weight: Weight,
+    group_sizes: jax.Array,
+    *,
+    row_ids: jax.Array | None = None,
+    row_scale: jax.Array | None = None,
+) -> jax.Array:
+    """y[m] = row_scale[m] * x[row_ids[m]] @ weight[expert of m].T, rows sorted by expert.
+
+    Args:
+      x: [tokens, in], floating point.
+      weight: [experts, out, in], an array (cast to the dtype of x) or a QArray.
+      group_sizes: int32 [experts], rows of each.
+      row_ids: int32 [rows]; None: row m is token m.
+      row_scale: float32 [rows]; None: ones.
+
+    Returns:
+      [rows, out] in the dtype of x. Sums are float32, or exact int32 for int8 x int8.
+    """
+    dtype = x.dtype
+    options: dict[str, Any] = {"row_ids": row_ids, "row_scale": row_scale, "out_dtype": dtype}
+    if not isinstance(weight, QArray):
+        return grouped.grouped_gemm(x, weight.astype(dtype), group_sizes, **options)
+    if weight.axis != -1:
+        raise ValueError("grouped_linear takes [experts, out, in] weights, not [experts, in, out]")
+    spec = weight.input
+    if spec is not None:
+        x = _transform_input(x, spec)
+    if spec is not None and spec.format is not None:
+        x, x_scale = quantize_activations(x, spec)
+        x_scale = jnp.broadcast_to(x_scale, (len(x), 1))
+        if spec.format == weight.format and x.dtype in grouped.EIGHT_BITS:
+            options["x_scale"] = x_scale
+        else:
+            # As in `_mixed_linear`: a product of float32 numbers.
+            x = x.astype(jnp.float32) * x_scale
+    integers = jnp.issubdtype(weight.values.dtype, jnp.integer)
+    groups = weight.scale.shape[-1] > 1 or weight.zero_point is not None
+    if _grouped_takes(weight.values.dtype) and (integers or not groups):
+        scale = _for_each_output(weight.scale, weight)
+        if weight.global_scale is not None:
+            scale = scale.astype(jnp.float32) * weight.global_scale
+        options["scale"] = scale
+        if weight.zero_point is not None:
+            options["zero_point"] = _for_each_output(weight.zero_point, weight)
+        return grouped.grouped_gemm(x, weight.values, group_sizes, **options)
+    return grouped.grouped_gemm(x, dequantize(weight, x.dtype.name), group_sizes, **options)
+
+
+def _grouped_takes(dtype: jnp.dtype) -> bool:
+    return dtype in (jnp.int4, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+
+
+def _for_each_output(x: jax.Array, weight: QArray) -> jax.Array:
+    """[..., out / rows of a block, groups] -> [..., out, groups]."""
+    return jnp.repeat(x, weight.shape[-2] // x.shape[-2], axis=-2)
 
 
 def argmax(logits: jax.Array) -> jax.Array:

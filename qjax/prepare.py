@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,13 @@ from flax import nnx
 from qjax import ops
 from qjax.config import QuantConfig
 from qjax.errors import ConfigError, DataError, one_of
-from qjax.lm import LanguageModel
+from qjax.lm import LanguageModel, load
 from qjax.models.llama import Attention, DecoderLayer, Llama
 from qjax.nn.linear import Linear
-from qjax.qarray import QArray, is_qarray
+from qjax.qarray import is_qarray
+from qjax.quantize import Stats
 from qjax.runtime.decoder import Decoder
-from qjax.runtime.fuse import differences, fuse, refusal, repack, row_output, stack
+from qjax.runtime.fuse import differences, fuse, operand, refusal, repack, row_output, stack
 from qjax.runtime.weights import APART, INTERLEAVED, STACKED, LayerWeights, Projection
 
 # What a cache may hold, by the names of formats; None is the type of the activations.
@@ -39,8 +40,8 @@ class Report:
     Attributes:
       fused: products that took the place of several, 'layers.0.self_attn.qkv_proj'.
       apart: those that could have been fused, and why they were not.
-      canonical: weights without activation format that no kernel reads as they are, and why; XLA
-        dequantizes them at each product.
+      canonical: weights that no kernel takes repacked, and why; XLA dequantizes them at each
+        product.
     """
 
     fused: tuple[str, ...]
@@ -98,10 +99,11 @@ def prepare(
     """Lay out a model's weights for the kernels; layer by layer, once.
 
     The products with q, k and v become one, and those with gate and up, where that changes no
-    number: formats, group sizes and input scales must be the same. Weight-only weights are
-    repacked. Where a kernel takes a layer's shapes and types it runs, elsewhere its reference:
-    the result generates the same text on any machine. Sums and norms are rounded less often than
-    in the canonical model, so that in 16 bits logits differ in the last places.
+    number: formats, group sizes and input scales must be the same. Weight-only weights, and int4
+    ones with fp8 activations, are repacked. Where a kernel takes a layer's shapes and types it
+    runs, elsewhere its reference: the result generates the same text on any machine. Sums and norms
+    are rounded less often than in the canonical model, so that in 16 bits logits differ in the last
+    places.
 
     Args:
       lm: canonical weights, arrays or QArrays, or all of them abstract (`jax.ShapeDtypeStruct`),
@@ -143,6 +145,43 @@ def prepare(
         tokenizer=lm.tokenizer,
         quantization=lm.quantization,
     )
+
+
+def load_prepared(
+    path: str | os.PathLike[str],
+    dtype: Any = None,
+    *,
+    quantization: QuantConfig | str | None = None,
+    stats: Stats | None = None,
+    device: jax.Device | None = None,
+    kv_cache: str | None = None,
+    kv_scales: Sequence[tuple[jax.Array, jax.Array]] | None = None,
+    hf_overrides: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedModel:
+    """`qjax.load`, then `prepare`, in little more memory than the result needs.
+
+    Weights are quantized as they arrive, and each layer's are freed once they are laid out: at most
+    one original weight is on the device, or one layer beside what it becomes.
+
+    Args:
+      path, dtype, quantization, stats, hf_overrides, progress: as in `qjax.load`.
+      device: where the weights go; None: JAX's default.
+      kv_cache, kv_scales: as in `prepare`.
+
+    Raises:
+      CheckpointError, ConfigError, DataError: as those two.
+    """
+    lm = load(
+        path,
+        dtype,
+        quantization=quantization,
+        stats=stats,
+        device=device,
+        hf_overrides=hf_overrides,
+        progress=progress,
+    )
+    return prepare(lm, device, donate=True, kv_cache=kv_cache, kv_scales=kv_scales)
 
 
 def _cache_scales(
@@ -246,10 +285,10 @@ class _Work:
         reason = refusal(parts[0])
         if reason:
             self.canonical[name] = reason
-        weight_only = is_qarray(parts[0].weight) and not _quantizes_input(parts[0].weight)
-        if len(parts) == 1 and (reason or not weight_only):
+        repacked = operand(parts[0].weight) is not None and not reason
+        if len(parts) == 1 and not repacked:
             return parts[0]
-        make = partial(_laid_out, interleaved=interleaved, repacked=weight_only and not reason)
+        make = partial(_laid_out, interleaved=interleaved, repacked=repacked)
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts))
         return jax.eval_shape(make, parts) if abstract else make(parts)
 
@@ -293,15 +332,11 @@ def _cast(part: Projection, dtype: jnp.dtype) -> Projection:
     return dataclasses.replace(part, weight=weight)
 
 
-def _quantizes_input(weight: QArray) -> bool:
-    return weight.input is not None and weight.input.format is not None
-
-
 def _gate_in_product(gate: Projection, down: Projection) -> bool:
     """Whether the product with gate and up can end with the gated unit, for `down` to read."""
     if gate.weight.shape[0] % 8:
         return False
-    if is_qarray(gate.weight) and not _quantizes_input(gate.weight):
+    if operand(gate.weight) is not None:
         return refusal(gate) is None
     if gate.bias is not None:
         return False

@@ -21,6 +21,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"weight": "int8", "act": "int8"},
     "int8_wo": {"weight": "int8"},
     "int4_wo": {"weight": "int4", "granularity": "per_group", "group_size": 128},
+    "w4a8": {
+        "weight": "int4",
+        "granularity": "per_group",
+        "group_size": 128,
+        "act": "fp8_e4m3",
+    },
+    "w4a8_static": {
+        "weight": "int4",
+        "granularity": "per_group",
+        "group_size": 128,
+        "act": "fp8_e4m3",
+        "act_granularity": "per_tensor",
+        "act_scale": "static",
+    },
 }
 
 # What TensorRT-LLM, ModelOpt and llm-compressor call the same thing.
@@ -33,6 +47,9 @@ ALIASES: dict[str, str] = {
     "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN": "int8",
     "W8A16": "int8_wo",
     "W4A16": "int4_wo",
+    "W4AFP8": "w4a8",
+    "W4A8": "w4a8",  # of TensorRT-LLM and ModelOpt; llm-compressor's has int8 activations
+    "INT4_FP8": "w4a8",
 }
 
 

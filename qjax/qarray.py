@@ -320,17 +320,19 @@ def validate(q: QArray, name: str = "QArray") -> None:
 
 
 def _validate_input_format(q: QArray, name: str) -> None:
-    """Products of two quantized operands take one scale a row and a column, and no zero points."""
+    """Products of two quantized operands take no zero points, and few take groups."""
     assert q.input is not None
-    if q.input.format != q.format or numerics.get_format(q.format).bits != 8:
+    groups = numerics.PRODUCTS.get((q.format, str(q.input.format)))
+    if groups is None:
         raise DataError(
-            f"{name}: activations in {q.input.format!r} meet a weight in {q.format!r}; both must "
-            "have one 8-bit format"
+            f"{name}: activations in {q.input.format!r} meet a weight in {q.format!r}; no product "
+            f"takes these, but {numerics.known_products()}"
         )
     per_channel = (1, -1) if q.axis == -1 else (-1, 1)
-    if q.block not in (per_channel, (-1, -1)) or q.zero_point is not None:
+    if (not groups and q.block not in (per_channel, (-1, -1))) or q.zero_point is not None:
         raise DataError(
-            f"{name}: quantized activations need a symmetric weight with one scale a channel or a "
-            f"matrix, not blocks of {q.block} with zero_point {q.zero_point is not None}"
+            f"{name}: activations in {q.input.format!r} need a symmetric {q.format} weight"
+            f"{'' if groups else ' with one scale a channel or a matrix'}, not blocks of {q.block} "
+            f"with zero_point {q.zero_point is not None}"
         )
     one_of("act_granularity", q.input.granularity, ACT_GRANULARITIES, DataError)

@@ -54,7 +54,7 @@ def quantize(
     leaves = dict(named_leaves(params))
     features = {name: leaves[name].shape[how.axis] for name, how in assigned.items()}
     check_finite({name: leaves[name] for name in assigned})
-    _require_stats(assigned, features, stats)
+    require_stats(assigned, features, stats)
     done = 0
 
     def convert(name: str, leaf: Any) -> Any:
@@ -85,9 +85,14 @@ def dequantize_tree(params: Any) -> Any:
     return jax.tree.map(lambda x: dequantize(x) if is_qarray(x) else x, params, is_leaf=is_qarray)
 
 
-def _require_stats(
+def require_stats(
     assigned: dict[str, Assignment], features: dict[str, int], stats: Stats | None
 ) -> None:
+    """Raise DataError if `stats` lacks what the assigned rules need.
+
+    Args:
+      features: leaf name -> inputs of the weight.
+    """
     needing = [name for name, how in assigned.items() if how.rule.needs_stats]
     missing = [name for name in needing if stats is None or "amax" not in stats.get(name, {})]
     if missing:

@@ -23,6 +23,7 @@ class Request:
     sampling: Sampling
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
+    ignore_eos: bool
     speculate: PromptLookup | None
 
     @classmethod
@@ -32,6 +33,7 @@ class Request:
         *,
         max_new_tokens: int,
         stop: str | int | Iterable[str | int],
+        ignore_eos: bool,
         speculate: PromptLookup | None,
         **sampling: Any,
     ) -> Self:
@@ -42,7 +44,14 @@ class Request:
         stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         if not all(is_integer(s) or (isinstance(s, str) and s) for s in stops):
             raise DataError(f"stop holds {stops!r}; give token ids and non-empty strings")
+        if not isinstance(ignore_eos, bool):
+            raise DataError(f"ignore_eos is {ignore_eos!r}; it must be true or false")
         checked = Sampling(**sampling)
+        if max(checked.entries("min_tokens")) > max_new_tokens:
+            raise DataError(
+                f"min_tokens is {max(checked.entries('min_tokens'))}, more than max_new_tokens, "
+                f"{max_new_tokens}"
+            )
         if speculate is not None:
             _check_speculation(speculate, checked)
         return cls(
@@ -51,6 +60,7 @@ class Request:
             sampling=checked,
             stop_ids=tuple(int(s) for s in stops if isinstance(s, int | np.integer)),
             stop_strings=tuple(s for s in stops if isinstance(s, str)),
+            ignore_eos=ignore_eos,
             speculate=speculate,
         )
 

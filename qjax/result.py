@@ -35,6 +35,8 @@ class GenerationStats:
       prefill_s, decode_s: seconds of running; the first new token belongs to the prefill.
       prefill_tokens_per_s, decode_tokens_per_s: over the whole batch; 0 if nothing was decoded.
       peak_bytes: peak device memory of the process, where the backend reports it, else None.
+      program_bytes: device memory of the larger of the two programs, that of the prompts and that
+        of the new tokens: weights, cache and temporaries; None where it is not known.
       speculation: SpeculationStats, or None without it.
     """
 
@@ -46,6 +48,7 @@ class GenerationStats:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     peak_bytes: int | None
+    program_bytes: int | None
     speculation: SpeculationStats | None
 
 

@@ -32,6 +32,7 @@ class Sampling:
         all. arXiv:2407.01082.
       repetition_penalty: of tokens in the prompt and among the new ones, logits above 0 are
         divided by it and others multiplied, before all else (greedy too). arXiv:1909.05858, 4.1.
+      min_tokens: tokens that end a sequence are not chosen before it has so many; 0: at any time.
       seed: of the random draws. One number: sequence i has seed + i, so that equal prompts differ.
         The draws of a sequence depend on its own seed and on nothing else.
       logprobs: None, or how many of the most likely tokens to report at each step beside the
@@ -47,6 +48,7 @@ class Sampling:
     top_p: float | Sequence[float | None] | None = None
     min_p: float | Sequence[float | None] | None = None
     repetition_penalty: float | Sequence[float] = 1.0
+    min_tokens: int | Sequence[int] = 0
     seed: int | Sequence[int] = 0
     logprobs: int | None = None
 
@@ -78,6 +80,7 @@ class Sampling:
             draws=any(self.entries("temperature")),
             min_p=any(self.entries("min_p")),
             penalty=any(p != 1 for p in self.entries("repetition_penalty")),
+            min_tokens=any(self.entries("min_tokens")),
             logprobs=None if self.logprobs is None else int(self.logprobs),
         )
 
@@ -107,6 +110,7 @@ class Sampling:
             min_p=array("min_p", np.float32, 0),
             penalty=array("repetition_penalty", np.float32),
             seed=seed,
+            min_tokens=array("min_tokens", np.int32),
             max_tokens=jnp.asarray(np.full(batch, max_tokens, np.int32)),
         )
 
@@ -117,19 +121,29 @@ class How:
 
     Attributes:
       draws: some temperature is not 0.
-      min_p, penalty: some sequence uses it.
+      min_p, penalty, min_tokens: some sequence uses it.
       logprobs: how many of the most likely tokens to report, or None.
     """
 
     draws: bool = False
     min_p: bool = False
     penalty: bool = False
+    min_tokens: bool = False
     logprobs: int | None = None
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_k", "top_p", "min_p", "penalty", "seed", "max_tokens"],
+    data_fields=[
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "penalty",
+        "seed",
+        "min_tokens",
+        "max_tokens",
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +157,8 @@ class Settings:
       min_p: float32 [batch]; 0 is all.
       penalty: float32 [batch]; 1 is none.
       seed: uint32 [batch].
-      max_tokens: int32 [batch], how many new tokens a sequence may get.
+      min_tokens, max_tokens: int32 [batch], how many new tokens a sequence gets before it may end,
+        and at most.
     """
 
     temperature: jax.Array
@@ -152,6 +167,7 @@ class Settings:
     min_p: jax.Array
     penalty: jax.Array
     seed: jax.Array
+    min_tokens: jax.Array
     max_tokens: jax.Array
 
 
@@ -268,6 +284,25 @@ def is_end(tokens: jax.Array, end_ids: jax.Array) -> jax.Array:
     return found
 
 
+def withhold(
+    logits: jax.Array, counts: jax.Array, end_ids: jax.Array, settings: Settings, how: How
+) -> jax.Array:
+    """Logits without the end tokens, where a sequence may not end yet.
+
+    Args:
+      logits: [batch, ..., vocab].
+      counts: int32 [batch, ...], tokens that the sequence has before the one to be chosen.
+      end_ids: int32 [ends]; negative ones are none.
+    """
+    if not how.min_tokens:
+        return logits
+    vocab = logits.shape[-1]
+    # A negative index would be one from the end.
+    ends = jnp.zeros(vocab, bool).at[jnp.where(end_ids < 0, vocab, end_ids)].set(True, mode="drop")
+    least = settings.min_tokens.reshape(-1, *[1] * (counts.ndim - 1))
+    return jnp.where((counts < least)[..., None] & ends, -jnp.inf, logits)
+
+
 def _penalized(
     logits: jax.Array, settings: Settings, how: How, seen: jax.Array | None
 ) -> jax.Array:
@@ -304,5 +339,6 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda p: _is_number(p) and 0.01 <= p <= 100,
         "from 0.01 to 100; 1 is none, and more than 1 discourages repetition",
     ),
+    "min_tokens": (lambda n: is_integer(n) and 0 <= n < 2**31, "an integer, 0 or more"),
     "seed": (lambda s: is_integer(s) and 0 <= s < SEEDS, "an integer from 0 to 2**32 - 1"),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 # Before JAX is imported: a CPU with several devices, so that shardings are real.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _DEVICES = "--xla_force_host_platform_device_count=4"
+os.environ["QJAX_COMPILATION_CACHE"] = "0"  # nothing of a test stays in the user's folders
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
 
 import jax

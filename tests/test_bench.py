@@ -4,11 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from qjax.bench import latency, random_model, shapes
+from qjax.bench import latency, random_model, results, shapes
 from qjax.cli import main
+from qjax.errors import ConfigError
 from qjax.models.llama import LlamaConfig
+from qjax.models.registry import get_family
 from qjax.qarray import is_qarray
 from qjax.tree import named_leaves
 
@@ -27,10 +30,20 @@ WEIGHTS = 2 * (128 * 128 * 2 + 2 * 64 * 128 + 3 * 128 * 256)  # of the layers
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama2-7b", 6_738_415_616), ("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496)],
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3-70b", 70_553_706_496),
+        ("gptj-6b", 6_050_882_784),
+        ("falcon-40b", 41_303_293_952),
+        ("mpt-30b", 29_957_200_896),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-8b", 8_190_735_360),
+    ],
 )
 def test_shapes_have_the_parameters_that_the_models_are_known_to_have(name, parameters):
-    _, state = random_model.abstract_model("llama", shapes.shape(name), jnp.bfloat16)
+    config = shapes.shape(name)
+    _, state = random_model.abstract_model(config.model_type, config, jnp.bfloat16)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == parameters
 
 
@@ -64,7 +77,21 @@ def test_bytes_are_those_of_the_weights_but_the_embedding():
     assert plain == 2 * (WEIGHTS + 64 * 128) + norms
     int4 = latency.decode_bytes(random_model.random_model(TINY, random_model.recipe("int4_wo")))
     assert int4 == WEIGHTS // 2 + 2 * WEIGHTS // 128 + 2 * 64 * 128 + norms
+    mixture = tiny_mixture()
+    experts = 2 * 3 * 4 * 64 * 128 * 2  # two layers of four experts of 64 features
+    lm = random_model.random_model(mixture, None)
+    one, few, many = (latency.decode_bytes(lm, batch) for batch in (1, 2, 1000))
+    assert many - one == experts // 2
+    assert many - few == experts // 4
     assert latency.cache_bytes(TINY, 3, 10) == 2 * 2 * 2 * 32 * 2 * 3 * 10
+
+
+def tiny_mixture():
+    """A Mixtral whose tokens go through two of four experts."""
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_local_experts": 4, "max_position_embeddings": 64}
+    return get_family("mixtral").from_hf(sizes)
 
 
 @pytest.mark.parametrize("implementation", latency.IMPLEMENTATIONS)
@@ -95,10 +122,15 @@ def test_a_row_holds_the_medians_of_the_timed_runs(implementation):
     assert row.bound_ms is None  # of a CPU nothing is known
 
 
-def test_the_command_writes_rows_and_prints_json(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every shape is the tiny one."""
     monkeypatch.setattr(shapes, "shape", lambda name: TINY)
     monkeypatch.setattr(latency, "shape", lambda name: TINY)
-    out = tmp_path / "latency.json"
+
+
+def test_the_command_writes_rows_and_prints_json(tmp_path, capsys, tiny):
+    out = tmp_path / "new" / "latency.json"
     asked = (
         "--presets bf16,int4_wo --batch 1,2 --input 3 --output 2 --repeats 1 --commit abc --json"
     )
@@ -109,8 +141,56 @@ def test_the_command_writes_rows_and_prints_json(tmp_path, capsys, monkeypatch):
         ("bf16", 1), ("bf16", 2), ("int4_wo", 1), ("int4_wo", 2),
     ]  # fmt: skip
     assert document["rows"] == printed
+    assert all(row["peak_gib"] > 0 for row in printed)
     assert (document["commit"], document["device"]) == ("abc", jax.devices()[0].device_kind)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert set(document) == {"device", "versions", "commit", "date", "rows"}
+    assert document["versions"]["jax"] == jax.__version__
+    assert not list(out.parent.glob("*.tmp"))
+
+
+def test_runs_add_up_in_one_file(tmp_path, capsys, tiny):
+    """Rows of the same key are replaced; others stay, with the commits that they may be of."""
+    out = tmp_path / "latency.json"
+
+    def run(asked: str) -> dict:
+        words = f"--input 3 --output 2 --repeats 1 --out {out} --merge {asked}".split()
+        assert main(["bench", "latency", *words]) == 0
+        return json.loads(out.read_text())
+
+    first = run("--shape llama3-8b,llama2-7b --presets int8 --commit one")
+    second = run("--presets int8,int8_sq --commit two")
+    shapes_and_presets = [(row["shape"], row["preset"]) for row in second["rows"]]
+    assert shapes_and_presets == [
+        ("llama2-7b", "int8"), ("llama3-8b", "int8"), ("llama3-8b", "int8_sq"),
+    ]  # fmt: skip
+    assert first["rows"][0] in second["rows"] or first["rows"][1] in second["rows"]
+    assert second["commit"] == "two"
+    assert [run["commit"] for run in second["merged"]] == ["one"]
+    third = run("--presets int8 --kv int8 --commit two")
+    assert [row["kv"] for row in third["rows"]] == ["bf16", "bf16", "int8", "bf16"]
+    assert [run["commit"] for run in third["merged"]] == ["one", "two"]
+    capsys.readouterr()
+    out.write_text(json.dumps(third | {"device": "another"}))
+    with pytest.raises(ConfigError, match="the file is of another"):
+        results.merge(results.read(out), results.document([], "three"))
+    out.write_text("{}")
+    assert main(["bench", "latency", "--merge", "--out", str(out)]) == 2
+    assert "is no file of measurements" in capsys.readouterr().err
+
+
+def test_a_cache_in_int8_has_scales_of_its_keys_and_values():
+    lm = random_model.random_model(TINY, None)
+    scales = latency.cache_scales(lm)
+    assert len(scales) == 2
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 64, (1, 64)), jnp.int32)
+    cache = lm.model.init_cache(1, 64)
+    _, cache = lm.model.hidden(ids, jnp.arange(64)[None], cache)
+    for (k_scale, v_scale), layer in zip(scales, cache, strict=True):
+        for scale, x in ((k_scale, layer.k), (v_scale, layer.v)):
+            assert (scale.shape, scale.dtype) == ((2,), jnp.float32)
+            largest = np.abs(np.asarray(x, np.float32)).max(axis=(0, 2, 3))
+            # bfloat16 keys, computed in another order: they round apart by one step at most.
+            np.testing.assert_allclose(scale * 127, largest, rtol=2**-7)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +200,7 @@ def test_the_command_writes_rows_and_prints_json(tmp_path, capsys, monkeypatch):
         ("--presets int3", "preset 'int3'"),
         ("--implementations torch", "implementation 'torch'"),
         ("--kv int2", "kv 'int2'"),
+        ("--merge", "--merge adds to a file"),
         ("--output 1", "--output is 1; it must be 2 or more"),
         ("--batch 0", "--batch is '0'; give positive numbers"),
         ("--input 9000", "do not fit the 8192 of llama3-8b"),

@@ -263,7 +263,7 @@ LEAF = "layers.0.mlp.up_proj.weight"
         (lambda d: d["leaves"][LEAF].update(block=[]), "not two integers"),
         (
             lambda d: d["leaves"][LEAF].update(input={"format": "int4", "granularity": "x"}),
-            "one 8-bit format",
+            "no product takes these",
         ),
         (lambda d: d["leaves"][LEAF]["parts"]["values"].update(shape=["256", 128]), "damaged"),
         (lambda d: d.update(format_version=0), "format_version 0"),

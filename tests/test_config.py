@@ -13,7 +13,9 @@ from qjax.errors import ConfigError
 from qjax.presets import ALIASES, PRESETS, preset
 
 FORMATS = ("fp8_e4m3", "fp8_e5m2", "int4", "int8")
-EIGHT_BITS = ("fp8_e4m3", "fp8_e5m2", "int8")
+# What the activations of a weight may be.
+ACTS = {"int4": "fp8_e4m3"} | {name: name for name in ("fp8_e4m3", "fp8_e5m2", "int8")}
+PAIRS = [f"{weight} with {act}" for weight, act in ACTS.items()]
 
 
 def names_all(error, *words):
@@ -46,9 +48,10 @@ def rules(draw):
         settings["symmetric"] = draw(st.booleans())
         if settings["symmetric"]:
             settings["scale_rule"] = draw(st.sampled_from(["absmax", "absmax_half"]))
-    quantizable = settings["weight"] in EIGHT_BITS and granularity != "per_group"
-    if quantizable and settings.get("symmetric", True) and draw(st.booleans()):
-        settings["act"] = settings["weight"]
+    quantizable = settings["weight"] == "int4" or granularity != "per_group"
+    quantizable = quantizable and settings["weight"] is not None and settings.get("symmetric", True)
+    if quantizable and draw(st.booleans()):
+        settings["act"] = ACTS[settings["weight"]]
         settings["act_granularity"] = draw(st.sampled_from(["per_token", "per_tensor"]))
         if settings["act_granularity"] == "per_tensor":
             settings["act_scale"] = draw(st.sampled_from(["dynamic", "static"]))
@@ -225,12 +228,16 @@ def test_regex_with_too_many_repetitions():
         ({"granularity": "per_group"}, ["'per_group'", "positive group_size"]),
         ({"group_size": 128}, ["'per_channel'", "128", "-1"]),
         ({"granularity": "per_tensor", "group_size": 64}, ["'per_tensor'", "64"]),
-        ({"weight": None, "act": "int8"}, ["'int8'", "None", "same"]),
-        ({"weight": "fp8_e4m3", "act": "int8"}, ["'int8'", "'fp8_e4m3'", "same"]),
-        ({"weight": "fp8_e4m3", "act": "fp8_e5m2"}, ["'fp8_e5m2'", "'fp8_e4m3'", "same"]),
-        ({"weight": "int4", "act": "int8"}, ["'int8'", "'int4'", "same"]),
-        ({"weight": "int4", "act": "int4"}, ["'int4'", "8-bit"]),
+        ({"weight": None, "act": "int8"}, ["'int8'", "None", *PAIRS]),
+        ({"weight": "fp8_e4m3", "act": "int8"}, ["'int8'", "'fp8_e4m3'", *PAIRS]),
+        ({"weight": "fp8_e4m3", "act": "fp8_e5m2"}, ["'fp8_e5m2'", "'fp8_e4m3'", *PAIRS]),
+        ({"weight": "int4", "act": "int8"}, ["'int8'", "'int4'", *PAIRS]),
+        ({"weight": "int4", "act": "int4"}, ["'int4'", *PAIRS]),
         ({"act": "int8", "symmetric": False}, ["'int8'", "symmetric=False"]),
+        (
+            {"weight": "int4", "act": "fp8_e4m3", "symmetric": False},
+            ["'fp8_e4m3'", "'int4'", "symmetric=False"],
+        ),
         (
             {"act": "int8", "granularity": "per_group", "group_size": 8},
             ["'int8'", "'per_group'", "per_channel or per_tensor"],
@@ -339,6 +346,8 @@ EXPECTED = {
     "int8": ("int8", "per_channel", -1, "int8", "per_token", "dynamic"),
     "int8_wo": ("int8", "per_channel", -1, None, "per_token", "dynamic"),
     "int4_wo": ("int4", "per_group", 128, None, "per_token", "dynamic"),
+    "w4a8": ("int4", "per_group", 128, "fp8_e4m3", "per_token", "dynamic"),
+    "w4a8_static": ("int4", "per_group", 128, "fp8_e4m3", "per_tensor", "static"),
 }
 
 
@@ -351,7 +360,7 @@ def test_presets_are_what_their_names_say(name):
     assert settings == EXPECTED[name]
     assert (rule.path, rule.symmetric, rule.method, cfg.ignore) == (".*", True, "rtn", ())
     assert cfg.name == name
-    assert cfg.needs_stats == (name == "fp8")
+    assert cfg.needs_stats == (name in ("fp8", "w4a8_static"))
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
@@ -369,6 +378,9 @@ def test_every_preset_builds_and_survives_json(name):
         ("W8A8", "int8"),
         ("W8A16", "int8_wo"),
         ("W4A16", "int4_wo"),
+        ("W4AFP8", "w4a8"),
+        ("W4A8", "w4a8"),
+        ("INT4_FP8", "w4a8"),
     ],
 )
 def test_aliases(alias, name):
@@ -392,7 +404,7 @@ def test_presets_take_changes():
     rule = preset("int8_wo", group_size=32).rules[0]
     assert (rule.granularity, rule.group_size) == ("per_group", 32)
     assert preset("int8_wo", ignore=["down_proj"]).ignore == ("down_proj",)
-    with pytest.raises(ConfigError, match="8-bit"):
+    with pytest.raises(ConfigError, match="per_channel or per_tensor"):
         preset("int8", group_size=32)
     # The table itself is not changed by what was asked for before.
     assert preset("int4_wo").rules[0].group_size == 128

@@ -303,3 +303,82 @@ def test_bad_input_ids_are_refused(ids):
 def test_streaming_needs_a_tokenizer():
     with pytest.raises(qjax.DataError, match="no tokenizer"):
         tiny_lm().stream([1, 2])
+
+
+# ---------------------------------------------------------------- ends that are put off
+
+
+def test_the_models_own_end_can_be_ignored():
+    free = tiny_lm(eos_token_id=()).generate(PROMPTS, max_new_tokens=12).token_ids
+    lm = tiny_lm(eos_token_id=(int(free[0, 3]),))
+    assert lm.generate(PROMPTS, max_new_tokens=12).lengths[0] < 12
+    result = lm.generate(PROMPTS, max_new_tokens=12, ignore_eos=True)
+    np.testing.assert_array_equal(result.token_ids, free)
+    # Stop tokens of the caller still end.
+    stop = int(free[0, 5])
+    first = free[0].tolist().index(stop) + 1
+    stopped = lm.generate(PROMPTS, max_new_tokens=12, ignore_eos=True, stop=[stop])
+    assert stopped.lengths[0] == first
+
+
+@pytest.mark.parametrize("speculate", [None, qjax.PromptLookup(ngram=1, tokens=3)])
+def test_no_sequence_ends_before_its_least_tokens(speculate):
+    """The end token is not chosen, at each prompt's own place; the next best one is."""
+    free = tiny_lm(eos_token_id=()).generate(PROMPTS, max_new_tokens=12).token_ids
+    end = int(free[0, 2])
+    lm = tiny_lm(eos_token_id=(end,))
+    plain = lm.generate(PROMPTS, max_new_tokens=12, speculate=speculate)
+    assert plain.lengths[0] == 3
+    least = [8, 0, 12]
+    result = lm.generate(PROMPTS, max_new_tokens=12, min_tokens=least, speculate=speculate)
+    for row, length, n, prompt in zip(
+        result.token_ids.tolist(), result.lengths, least, PROMPTS, strict=True
+    ):
+        assert length >= n
+        assert end not in row[:n]
+        logits = np.array(lm([prompt + row[:length]]))[0, len(prompt) - 1 : -1]
+        logits[:n, end] = -np.inf
+        assert logits.argmax(-1).tolist() == row[:length]
+    assert result.token_ids[1].tolist() == plain.token_ids[1].tolist() + [0] * (
+        result.token_ids.shape[1] - plain.token_ids.shape[1]
+    )
+
+
+def test_other_least_tokens_compile_nothing():
+    lm = tiny_lm(eos_token_id=(7,))
+    lm.generate(PROMPTS, max_new_tokens=4, min_tokens=2)
+    assert lm.generate(PROMPTS, max_new_tokens=4, min_tokens=[1, 3, 0]).stats.compile_s < 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_tokens": -1}, "min_tokens is -1; it must be an integer, 0 or more"),
+        ({"min_tokens": [1, 9, 2]}, "min_tokens is 9, more than max_new_tokens, 8"),
+        ({"min_tokens": [1]}, "min_tokens has 1 entries for 3 prompts"),
+        ({"ignore_eos": 1}, "ignore_eos is 1"),
+    ],
+)
+def test_wrong_ends_are_refused(settings, message):
+    with pytest.raises(qjax.DataError, match=message):
+        tiny_lm().generate(PROMPTS, max_new_tokens=8, **settings)
+
+
+# ---------------------------------------------------------------- logits that are not finite
+
+
+@pytest.mark.parametrize("speculate", [None, qjax.PromptLookup(ngram=1, tokens=3)])
+def test_logits_that_break_in_the_loop_are_noticed(speculate):
+    """Only the embedding of the fourth new token of the second prompt is broken."""
+    lm = tiny_lm(eos_token_id=())
+    free = lm.generate(PROMPTS, max_new_tokens=12, speculate=speculate).token_ids
+    used = {token for row in (*PROMPTS, free[0].tolist(), free[2].tolist()) for token in row}
+    at = next(i for i, t in enumerate(free[1].tolist()) if t not in used)
+    assert at < 11
+    table = lm.model.embed_tokens.embedding
+    table.set_value(table.get_value().at[int(free[1, at])].set(jnp.nan))
+    settings = {"max_new_tokens": 12, "speculate": speculate}
+    with pytest.raises(qjax.DataError, match=rf"at new token {at + 2} of prompt 1; check its"):
+        lm.generate(PROMPTS, **settings)
+    # Others end as they did.
+    np.testing.assert_array_equal(lm.generate(PROMPTS[:1], **settings).token_ids[0], free[0])

@@ -13,6 +13,7 @@ from conftest import ROOT
 ORDER = (
     "_version",
     "errors",
+    "compile_cache",
     # numbers and arrays
     "numerics",
     "packing",
@@ -25,9 +26,11 @@ ORDER = (
     "algorithms",
     "assign",
     "quantize",
+    "arriving",
     "plan",
     # models
     "cache",
+    "attention",
     "ops",
     "nn",
     "models",

@@ -240,6 +240,25 @@ def test_linear_quantized_activations(name, granularity, static, block, axis, dt
     assert_within(y, reference + bias, with_output(bound, reference, dtype, bias))
 
 
+@type_and_axis
+@every_granularity
+@pytest.mark.parametrize(("granularity", "static"), ACTIVATIONS)
+def test_linear_fp8_activations_and_int4_weights(granularity, static, block, axis, dtype):
+    """Weights are decoded and multiplied in float32, whatever the type of x."""
+    x = random((2, 3, IN), dtype)
+    x[0, 1] *= 64  # a token far from the others
+    scale = jnp.float32(np.abs(x).max() / 448 / 2) if static else None
+    spec = InputSpec(format="fp8_e4m3", granularity=granularity, scale=scale)
+    q, *parts = weight_of("int4", block, axis=axis, scale_dtype="bfloat16", input=spec)
+    x_values, x_scale = quantized_input(as_jax(x, dtype), spec, "fp8_e4m3")
+    sums, bound = weight_only_reference(x_values, *parts, block, "float32")
+    # The sum is rounded once more, and its product with the scale.
+    bound = (bound + 2 * U * np.abs(sums)) * x_scale
+    y = linear(as_jax(x, dtype), q)
+    assert y.dtype == dtype
+    assert_within(y, sums * x_scale, with_output(bound, sums * x_scale, dtype))
+
+
 @pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
 @pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e5m2"])
 def test_quantized_activations_of_any_shape(name, granularity):

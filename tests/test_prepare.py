@@ -27,6 +27,7 @@ from qjax.tree import map_named
 FORMATS = [None, *sorted(qjax.PRESETS)]
 PROMPTS = [[5, 9, 13, 4, 8], [7, 6], [200, 100, 50, 25, 12, 6, 3, 77]]
 QUANTIZED_INPUT = ("fp8", "fp8_per_token", "int8")
+MIXED = ("w4a8", "w4a8_static")  # int4 weights, repacked, and fp8 activations
 
 
 @remembered
@@ -75,7 +76,7 @@ def test_float32_logits(preset):
     expected, got = logits_of(lm), logits_of(qjax.prepare(lm))
     cfg = lm.config
     bound = cfg.num_hidden_layers * cfg.intermediate_size * 2**-24 * rms(expected)
-    if preset in QUANTIZED_INPUT:
+    if preset in (*QUANTIZED_INPUT, *MIXED):
         bound = rms(expected - logits_of(original("float32")))
     difference = rms(got - expected)
     assert (difference <= bound).all(), (difference / bound).max()
@@ -105,28 +106,33 @@ def test_bfloat16_logits(preset):
     [*((preset, "float32") for preset in FORMATS), (None, "bfloat16"), ("int4_wo", "bfloat16")],
 )
 def test_text_is_the_same(preset, dtype):
-    """In float32 to the token; in bfloat16 up to where the canonical model itself is not sure."""
+    """To the token where numbers are continuous; else up to where the model itself is not sure."""
     lm = reference(preset, dtype)
     expected = lm.generate(SURE, max_new_tokens=24)
     got = qjax.prepare(lm).generate(SURE, max_new_tokens=24)
     for text, row, other in zip(SURE, got.token_ids, expected.token_ids, strict=True):
         if not (row == other).all():
-            assert dtype == "bfloat16"
-            assert unsure(preset, lm.tokenizer(text)["input_ids"], other, row)
+            assert dtype == "bfloat16" or preset in (*QUANTIZED_INPUT, *MIXED)
+            assert unsure(preset, dtype, lm.tokenizer(text)["input_ids"], other, row)
 
 
-def unsure(preset: str | None, ids: list[int], tokens: np.ndarray, others: np.ndarray) -> bool:
-    """Whether the first token that differs was chosen by less than what bfloat16 does to logits."""
+def unsure(
+    preset: str | None, dtype: str, ids: list[int], tokens: np.ndarray, others: np.ndarray
+) -> bool:
+    """Whether the first token that differs was chosen by less than rounding does to two logits:
+    that to bfloat16, or that of the activations."""
+    models = [reference(preset, d) for d in ("bfloat16", "float32")]
+    if dtype == "float32":
+        models = [reference(preset, dtype), original(dtype)]
     rough, exact = (
-        np.asarray(reference(preset, dtype)([ids + tokens.tolist()]), np.float64)[0, len(ids) - 1 :]
-        for dtype in ("bfloat16", "float32")
+        np.asarray(lm([ids + tokens.tolist()]), np.float64)[0, len(ids) - 1 :] for lm in models
     )
     at = int(np.flatnonzero(tokens != others)[0])
     gap = rough[at, tokens[at]] - rough[at, others[at]]
     return gap <= 2 * np.abs(rough[at] - exact[at]).max()
 
 
-@pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4_wo"])
+@pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4_wo", *MIXED])
 def test_generation(preset):
     lm = tiny(preset)
     prepared = qjax.prepare(lm)
@@ -150,6 +156,9 @@ def test_speculation():
         {"weight": "fp8_e5m2", "act": "fp8_e5m2"},
         {"weight": "fp8_e4m3", "act": "fp8_e4m3", "act_granularity": "per_tensor"},
         {"weight": "int4", "granularity": "per_group", "group_size": 32, "symmetric": False},
+        {"weight": "int4", "act": "fp8_e4m3", "act_granularity": "per_tensor"},
+        # No kernel takes groups of 32 with fp8 activations.
+        {"weight": "int4", "act": "fp8_e4m3", "granularity": "per_group", "group_size": 32},
     ],
 )
 def test_what_row_kernels_do_not_write(settings):
@@ -187,7 +196,7 @@ def test_all_is_fused(preset):
     assert "fused: layers.*.self_attn.qkv_proj (2 layers)" in repr(prepared)
 
 
-@pytest.mark.parametrize("preset", [None, "fp8", "fp8_wo", "int8", "int4_wo"])
+@pytest.mark.parametrize("preset", [None, "fp8", "fp8_wo", "int8", "int4_wo", "w4a8"])
 def test_no_number_changes(preset):
     """What a fused weight holds are the parts' numbers, and each output's own scale."""
     lm = tiny(preset)

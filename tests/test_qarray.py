@@ -386,6 +386,15 @@ def test_validate_accepts_concrete_and_abstract():
         ({"block": (1, 16)}, r".*blocks of \(1, 16\) need \(16, 2\)"),
         ({"input": InputSpec(pre_scale=jnp.ones(16))}, r"pre_scale has shape \(16,\), not \(32,"),
         ({"input": InputSpec(perm=jnp.arange(4))}, r"perm has shape \(4,\), not \(32,\)"),
+        (
+            {"input": InputSpec(format="int8")},
+            "activations in 'int8' meet a weight in 'int4'; no product takes these, but int4 with "
+            "fp8_e4m3, int8 with int8, ",
+        ),
+        (
+            {"input": InputSpec(format="fp8_e4m3"), "zero_point": jnp.zeros((16, 4), jnp.int4)},
+            r"activations in 'fp8_e4m3' need a symmetric int4 weight, not blocks of \(1, 8\) with",
+        ),
         ({"axis": -2}, r"pre_scale has shape \(32,\), not \(16,\)"),
     ],
 )

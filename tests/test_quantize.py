@@ -112,7 +112,8 @@ def test_the_input_is_not_changed():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_numbers_are_those_of_the_oracle(name):
-    cfg = preset(name, **({"group_size": 16} if name == "int4_wo" else {}))
+    grouped = PRESETS[name].get("group_size") is not None
+    cfg = preset(name, **({"group_size": 16} if grouped else {}))
     rule = cfg.rules[0]
     tree = params()
     leaves = dict(named_leaves(quantize(tree, cfg, stats())))
@@ -124,11 +125,11 @@ def test_the_numbers_are_those_of_the_oracle(name):
         validate(q, path)
         assert (q.format, q.block, q.axis) == (rule.weight, block, -1)
         assert q.dtype == ("bfloat16" if "down" in path else "float32")
-        assert q.scale.dtype == ("bfloat16" if name == "int4_wo" else "float32")
+        assert q.scale.dtype == ("bfloat16" if grouped else "float32")
         scale = oracles.decode(q.scale)
         # Two roundings to float32, and one to bfloat16 for groups.
         exact = oracles.scales(weight, rule.weight, block)
-        narrow = oracles.UNIT["bfloat16"] if name == "int4_wo" else 0
+        narrow = oracles.UNIT["bfloat16"] if grouped else 0
         assert np.abs(scale / exact - 1).max() <= (narrow + 2 * U) * (1 + narrow)
         # A tie may go either way where x / s is compiled as x * (1 / s).
         values = oracles.decode(q.values)

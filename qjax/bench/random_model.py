@@ -24,43 +24,53 @@ from qjax.tree import map_named
 _AMAX = 4.0  # of the activations, for static scales
 _KEY = 0
 
+# Formats that are timed like presets: what an algorithm that is no preset writes.
+FORMATS = {
+    # SmoothQuant: a weight scale for each channel, one static scale of the activations.
+    "int8_sq": preset("int8", act_granularity="per_tensor", act_scale="static"),
+}
+
 
 def recipe(name: str, lm_head: str | None = None) -> QuantConfig | None:
     """The recipe of a preset, 'bf16' for none, with another one for the output head.
 
     Args:
-      name: 'bf16', or a preset.
-      lm_head: a preset for the output head, which presets leave alone; or None.
+      name: 'bf16', a preset, or one of FORMATS.
+      lm_head: the same for the output head, which presets leave alone; or None.
     """
-    cfg = None if name == "bf16" else preset(name)
+    cfg = None if name == "bf16" else _known(name)
     if lm_head is None:
         return cfg
-    head = dataclasses.replace(preset(lm_head).rules[0], path="lm_head")
+    head = dataclasses.replace(_known(lm_head).rules[0], path="lm_head")
     rules: Sequence[Rule] = () if cfg is None else cfg.rules
     return QuantConfig(name=f"{name}.{lm_head}_lm_head", rules=(head, *rules))
 
 
+def _known(name: str) -> QuantConfig:
+    return dataclasses.replace(FORMATS[name], name=name) if name in FORMATS else preset(name)
+
+
 def random_model(
-    config: Any, cfg: QuantConfig | None, *, dtype: Any = jnp.bfloat16, model_type: str = "llama"
+    config: Any, cfg: QuantConfig | None, *, dtype: Any = jnp.bfloat16
 ) -> LanguageModel:
     """A LanguageModel without a tokenizer.
 
     Weights are normal, of a size that keeps activations near 1; rows differ by a factor of up to
-    4, so that scales do. Norms are 1.
+    4, so that scales do. Norms are 1, biases 0.
 
     Args:
-      config: sizes, of the class that model_type has.
+      config: sizes, of the class that its model_type has.
       cfg: what to quantize; None: nothing.
       dtype: of plain weights and of the activations.
     """
-    graphdef, abstract = abstract_model(model_type, config, jnp.dtype(dtype))
+    graphdef, abstract = abstract_model(config.model_type, config, jnp.dtype(dtype))
     assigned = {} if cfg is None else assign(abstract, cfg)
     names: list[str] = []
 
     def make(name: str, leaf: Any) -> Any:
         names.append(name)
         if leaf.ndim < 2:
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return jnp.full(leaf.shape, 0 if name.endswith("bias") else 1, leaf.dtype)
         weight = _random(jax.random.fold_in(jax.random.key(_KEY), len(names)), leaf.shape, dtype)
         if name not in assigned:
             return weight
@@ -70,17 +80,17 @@ def random_model(
 
     state = map_named(make, abstract)
     return LanguageModel(
-        nnx.merge(graphdef, state), config, model_type=model_type, quantization=cfg
+        nnx.merge(graphdef, state), config, model_type=config.model_type, quantization=cfg
     )
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     values, rows = jax.random.split(key)
-    size = jnp.exp2(jax.random.uniform(rows, (shape[0], *[1] * (len(shape) - 1)), minval=-1.0))
+    size = jnp.exp2(jax.random.uniform(rows, (*shape[:-1], 1), minval=-1.0))
     return (jax.random.normal(values, shape) * size * shape[-1] ** -0.5).astype(dtype)
 
 
 def presets() -> tuple[str, ...]:
     """What `recipe` takes."""
-    return ("bf16", *PRESETS)
+    return ("bf16", *PRESETS, *FORMATS)

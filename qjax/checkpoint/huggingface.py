@@ -2,16 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qjax.checkpoint.orbax import fill
 from qjax.errors import CheckpointError
 from qjax.models.registry import Family
+from qjax.models.tensors import renamed
+from qjax.tree import named_leaves
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -86,33 +89,38 @@ def weight_files(path: Path) -> list[Path]:
 def load_state(
     path: Path,
     family: Family,
+    config: Any,
     abstract_state: Any,
-    dtype: jnp.dtype | None,
+    place: Callable[[str, np.ndarray], Any],
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """Stream the weights of `path` into the structure of `abstract_state`.
 
     Args:
-      dtype: of the floating-point weights; None: as stored.
+      config: of the model.
+      place: name and tensor -> the leaf.
       progress: called as progress(done, total) after each file.
 
     Raises:
       CheckpointError: a truncated file; names or shapes that are not the model's.
     """
     leaves: dict[str, Any] = {}
+    stacks = _Stacks(abstract_state)
     files = weight_files(path)
     for done, file in enumerate(files, 1):
         try:
             with safe_open(file, "np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    ours = rename(name, family)
-                    if ours is not None:
-                        array = jnp.asarray(tensors.get_tensor(name))
-                        leaves[ours] = array if dtype is None else array.astype(dtype)
+                    if _is_computed(name, family):
+                        continue
+                    parts = renamed(name, tensors.get_tensor(name), family.tensors, config)
+                    for ours, part in stacks.joined(parts):
+                        leaves[ours] = place(ours, part)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
         if progress is not None:
             progress(done, len(files))
+    stacks.check(path)
     if "lm_head.weight" in leaves and abstract_state_lacks(abstract_state, "lm_head"):
         # Tied models are sometimes stored with their head.
         head = leaves.pop("lm_head.weight")
@@ -123,16 +131,60 @@ def load_state(
     return fill(abstract_state, leaves, str(path))
 
 
+class _Stacks:
+    """Weights of experts, which come one by one and are leaves [experts, out, in].
+
+    Only stacks that are not complete are held, in host memory.
+    """
+
+    def __init__(self, abstract_state: Any) -> None:
+        self.shapes = {n: tuple(leaf.shape) for n, leaf in named_leaves(abstract_state)}
+        self.stacks: dict[str, np.ndarray] = {}
+        self.missing: dict[str, set[int]] = {}
+        self.misfits: dict[str, np.ndarray] = {}
+
+    def joined(self, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        """What is complete: tensors that are no part of a stack, and stacks with their last."""
+        for name, tensor in tensors.items():
+            match = re.fullmatch(r"(.*)\[(\d+)\]", name)
+            if match is None:
+                yield name, tensor
+                continue
+            stack, index = match[1], int(match[2])
+            shape = self.shapes.get(stack, (0,))
+            if index >= shape[0] or tensor.shape != shape[1:]:
+                self.misfits[name] = tensor
+                continue
+            if stack not in self.stacks:
+                self.stacks[stack] = np.empty(shape, tensor.dtype)
+                self.missing[stack] = set(range(shape[0]))
+            self.stacks[stack][index] = tensor
+            self.missing[stack].discard(index)
+            if not self.missing[stack]:
+                del self.missing[stack]
+                yield stack, self.stacks.pop(stack)
+
+    def check(self, path: Path) -> None:
+        """Raise CheckpointError if something is left."""
+        problems = [f"lacks {n}[{i}]" for n, left in self.missing.items() for i in sorted(left)]
+        problems += [
+            f"has {name} of shape {tensor.shape}, which the model has no place for"
+            for name, tensor in self.misfits.items()
+        ]
+        if problems:
+            more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
+            raise CheckpointError(
+                f"{path} does not fit the model: it " + "; it ".join(problems[:4]) + more
+            )
+
+
 def abstract_state_lacks(state: Any, key: str) -> bool:
     """Whether the top level of an NNX state has nothing under `key`."""
     return key not in state or not state[key]
 
 
-def rename(name: str, family: Family) -> str | None:
-    """Our name of a Hugging Face parameter; None for buffers that are computed, not loaded."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return None
-    for pattern, replacement in family.hf_names:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name)
-    raise CheckpointError(f"tensor {name!r} belongs to no part of the model")
+def _is_computed(name: str, family: Family) -> bool:
+    """Whether a tensor is a buffer, which models compute."""
+    return name.endswith("rotary_emb.inv_freq") or any(
+        re.fullmatch(pattern, name) for pattern in family.computed
+    )

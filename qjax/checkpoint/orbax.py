@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -129,13 +129,85 @@ def restore(
     Raises:
       CheckpointError: missing, foreign, truncated or newer; or its names are not those of `like`.
     """
-    path = Path(path).absolute()
-    manifest = fmt.Manifest.read(path)
-    # Before Orbax sees a byte: it reports damage late, and not for every kind of it.
-    fmt.verify_files(path, ARRAYS, manifest.files)
-    arrays = _read_arrays(path, _expected(manifest), _sharding_function(sharding))
-    leaves = {name: _join(name, record, arrays) for name, record in manifest.leaves.items()}
-    return leaves if like is None else fill(like, leaves, str(path))
+    reader = OrbaxReader(path)
+    leaves = reader.leaves(list(reader.manifest.leaves), _sharding_function(sharding))
+    return leaves if like is None else fill(like, leaves, str(reader.path))
+
+
+class OrbaxReader:
+    """A checkpoint that is read a few leaves at a time.
+
+    Attributes:
+      path: of its directory.
+      manifest: the contents of its qjax.json.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Check all that can be checked before the arrays are read.
+
+        Raises:
+          CheckpointError: missing, foreign, truncated or newer.
+        """
+        self.path = Path(path).absolute()
+        self.manifest = fmt.Manifest.read(self.path)
+        # Before Orbax sees a byte: it reports damage late, and not for every kind of it.
+        fmt.verify_files(self.path, ARRAYS, self.manifest.files)
+        self._arrays = _expected(self.manifest)
+        on_disk = {name: fmt.disk_spec(spec) for name, spec in self._arrays.items()}
+        with self._reading(), ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.metadata(self.path / ARRAYS).item_metadata.tree
+            _compare(self.path, on_disk, found)
+
+    def abstract(self) -> dict[str, Any]:
+        """Name -> leaf, with shapes in the place of arrays."""
+        names = list(self.manifest.leaves)
+        return jax.eval_shape(lambda arrays: self._joined(names, arrays), self._arrays)
+
+    def read(self, names: Sequence[str], device: jax.Device) -> Iterator[tuple[str, Any]]:
+        """(name, leaf) of each of `names`, on the device."""
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        yield from self.leaves(names, lambda name, spec: sharding).items()
+
+    def leaves(self, names: Sequence[str], sharding_for: ShardingFor) -> dict[str, Any]:
+        """Name -> leaf, arrays where `sharding_for` puts them."""
+        return self._joined(names, self._read(self._array_names(names), sharding_for))
+
+    def _joined(self, names: Sequence[str], arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _join(name, self.manifest.leaves[name], arrays) for name in names}
+
+    def _array_names(self, names: Sequence[str]) -> list[str]:
+        parts = ((name, self.manifest.leaves[name]["parts"]) for name in names)
+        return [array for name, part in parts for array in _array_names(name, part).values()]
+
+    def _read(self, names: Sequence[str], sharding_for: ShardingFor) -> dict[str, jax.Array]:
+        """The arrays called so, as they are in memory."""
+        specs = {name: self._arrays[name] for name in names}
+        target = {
+            name: _placed(name, fmt.disk_spec(spec), sharding_for(name, spec))
+            for name, spec in specs.items()
+        }
+        how = ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
+        with self._reading(), ocp.PyTreeCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(self.path / ARRAYS, args=how)
+        return {
+            name: _unpack(array, specs[name].shape[-1]) if fmt.is_packed(specs[name]) else array
+            for name, array in arrays.items()
+        }
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{self.path}: its arrays cannot be read: {str(error)[:300]}"
+            ) from error
 
 
 def fill(like: Any, leaves: Mapping[str, Any], source: str) -> Any:
@@ -189,30 +261,6 @@ def _expected(manifest: fmt.Manifest) -> dict[str, jax.ShapeDtypeStruct]:
     return expected
 
 
-def _read_arrays(
-    path: Path, expected: dict[str, jax.ShapeDtypeStruct], sharding_for: ShardingFor
-) -> dict[str, jax.Array]:
-    """Restore exactly the expected arrays; on-disk names, dtypes and shapes are compared first."""
-    on_disk = {name: fmt.disk_spec(spec) for name, spec in expected.items()}
-    target = {
-        name: _placed(name, spec, sharding_for(name, expected[name]))
-        for name, spec in on_disk.items()
-    }
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.metadata(path / ARRAYS).item_metadata.tree
-            _compare(path, on_disk, found)
-            arrays = checkpointer.restore(path / ARRAYS, target)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: its arrays cannot be read: {str(error)[:300]}") from error
-    return {
-        name: _unpack(array, expected[name].shape[-1]) if fmt.is_packed(expected[name]) else array
-        for name, array in arrays.items()
-    }
-
-
 def _placed(
     name: str, on_disk: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.ShapeDtypeStruct:
@@ -249,7 +297,7 @@ def _compare(path: Path, expected: dict[str, jax.ShapeDtypeStruct], found: Any) 
         )
 
 
-def _join(name: str, record: dict[str, Any], arrays: dict[str, jax.Array]) -> Any:
+def _join(name: str, record: dict[str, Any], arrays: Mapping[str, Any]) -> Any:
     names = _array_names(name, record["parts"])
     if record.get("kind") in ("array", "prng_key") and list(record["parts"]) != [""]:
         raise CheckpointError(f"{fmt.FILE} is damaged at leaf {name}: it must have one array")

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from qjax import compile_cache
 from qjax._version import __version__
 from qjax.cli import bench, compare, evaluate, generate, info, quantize, tune
 from qjax.errors import QJaxError
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # transformers is here for its tokenizers; that torch is absent is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    compile_cache.enable()
     try:
         VERBS[args.verb].run(args)
     except QJaxError as error:

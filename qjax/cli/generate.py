@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that end a sequence, besides the model's own",
     )
     parser.add_argument(
+        "--min-tokens", type=int, default=0, help="no sequence ends before so many new tokens (0)"
+    )
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="the model's own end token ends nothing"
+    )
+    parser.add_argument(
         "--logprobs",
         type=int,
         metavar="N",
@@ -117,6 +123,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "top_p": args.top_p,
         "min_p": args.min_p,
         "repetition_penalty": args.repetition_penalty,
+        "min_tokens": args.min_tokens,
+        "ignore_eos": args.ignore_eos,
         "seed": args.seed[0] if len(args.seed) == 1 else args.seed,
         "stop": [*(stop.replace("\\n", "\n") for stop in args.stop), *args.stop_id],
     }

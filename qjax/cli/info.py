@@ -4,6 +4,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
+from qjax import compile_cache
 from qjax._version import __version__
 from qjax.cli.common import REFERENCE, add_model, load_model, print_json, print_table
 from qjax.errors import ConfigError
@@ -29,6 +30,14 @@ def run(args: argparse.Namespace) -> None:
         print_json(data)
         return
     print(f"qjax {data['qjax']}, jax {data['jax']}, devices: {', '.join(data['devices'])}")
+    kept = data["compilation_cache"]
+    if kept["path"] is None:
+        print(f"compiled programs are not kept: {kept['reason']}")
+    else:
+        print(
+            f"compiled programs: {kept['path']} ({kept['reason']}), {kept['programs']} of "
+            f"{kept['bytes'] / 2**20:.1f} MiB"
+        )
     rows = [
         (name, settings["weight"], settings.get("act") or "-", ", ".join(settings["aliases"]))
         for name, settings in data["presets"].items()
@@ -54,9 +63,23 @@ def _environment() -> dict[str, Any]:
         "qjax": __version__,
         "jax": jax.__version__,
         "devices": [device.device_kind for device in jax.devices()],
+        "compilation_cache": _compilation_cache(),
         "presets": presets,
         "kernels": _kernels(),
         "tuned": _tuned(),
+    }
+
+
+def _compilation_cache() -> dict[str, Any]:
+    """Where compiled programs are kept, and what is there."""
+    found = compile_cache.status()
+    files = () if found.path is None else found.path.glob("*-cache")
+    sizes = [file.stat().st_size for file in files]
+    return {
+        "path": None if found.path is None else str(found.path),
+        "reason": found.reason,
+        "programs": len(sizes),
+        "bytes": sum(sizes),
     }
 
 

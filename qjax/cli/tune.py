@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     from qjax_kernels.tuning import jobs
 
-    parser.add_argument("--ops", default=",".join(jobs.OPS), help="default: %(default)s")
+    parser.add_argument(
+        "--ops",
+        default=",".join(jobs.DEFAULT_OPS),
+        help=f"of {','.join(jobs.OPS)}; default: %(default)s",
+    )
     parser.add_argument(
         "--shapes",
         default=",".join(jobs.SHAPES),

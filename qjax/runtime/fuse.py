@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax import ops
+from qjax.numerics import get_format
 from qjax.qarray import InputSpec, QArray, is_qarray
 from qjax.runtime.weights import Projection
 
@@ -105,13 +106,27 @@ def _for_each_row(x: jax.Array, q: QArray) -> jax.Array:
     return jnp.repeat(x, q.shape[0] // x.shape[0], axis=0)
 
 
+def operand(weight: Any) -> str | None:
+    """The dtype that a product with a repacked weight multiplies; None: it is not repacked.
+
+    Weight-only weights are, and those whose activations have another format. Plain weights, and
+    quantized ones that meet activations of their own format, are read as they are.
+    """
+    if not isinstance(weight, QArray):
+        return None
+    act = None if weight.input is None else weight.input.format
+    if act is None:
+        return "float16"  # or bfloat16
+    return None if act == weight.format else get_format(act).dtype.name
+
+
 def refusal(part: Projection) -> str | None:
-    """Why no kernel reads a weight-only weight, repacked; None: one does, or it is none of those.
+    """Why no kernel reads a weight, repacked; None: one does, or it is not one to be repacked.
 
     Raises nothing, and runs nothing: it is a matter of shapes and formats.
     """
     q = part.weight
-    if not isinstance(q, QArray) or (q.input is not None and q.input.format is not None):
+    if operand(q) is None:
         return None
     if q.axis != -1:
         return "it is stored [in, out]"
@@ -125,14 +140,18 @@ def refusal(part: Projection) -> str | None:
 
 
 def repack(part: Projection) -> Projection:
-    """A weight-only Projection as the kernels read it.
+    """A Projection with an `operand`, as the kernels read it.
 
     Raises:
       NotImplementedError: they do not.
     """
     q = part.weight
-    weight = ops.prepare_weight(q.values, q.scale, q.zero_point, factor=q.global_scale)
-    return Projection(weight=weight, bias=part.bias)
+    kind = operand(q)
+    assert kind is not None
+    weight = ops.prepare_weight(
+        q.values, q.scale, q.zero_point, factor=q.global_scale, operand=kind
+    )
+    return Projection(weight=weight, bias=part.bias, input=None if kind == "float16" else q.input)
 
 
 def row_output(parts: Sequence[Projection]) -> tuple[jnp.dtype, Any] | None:
@@ -141,12 +160,15 @@ def row_output(parts: Sequence[Projection]) -> tuple[jnp.dtype, Any] | None:
     None: numbers as they are, either because that is what the product takes, or because it
     quantizes them itself.
     """
-    q = parts[0].weight
-    if len(parts) > 1 or not isinstance(q, QArray) or q.axis != -1:
+    part = parts[0]
+    q, spec = part.weight, part.input
+    if len(parts) > 1:
         return None
-    spec = q.input
+    if isinstance(q, QArray):
+        # Where formats differ and no kernel takes the weight, the product begins with floats.
+        spec = q.input if q.axis == -1 and operand(q) is None else None
     if spec is None or spec.format not in ("int8", "fp8_e4m3") or _transforms(spec):
         return None
     if spec.scale is None and spec.granularity != "per_token":
         return None
-    return q.values.dtype, spec.scale
+    return get_format(spec.format).dtype, spec.scale

@@ -7,18 +7,21 @@ from typing import Any
 import jax
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias", "input"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Projection:
     """y = x @ weight.T + bias.
 
     Attributes:
-      weight: [out, in]: an array, a QArray, or an `ops.Prepared`, which is weight-only.
+      weight: [out, in]: an array, a QArray, or an `ops.Prepared`.
       bias: [out], or None.
+      input: InputSpec, how activations are quantized for a Prepared; None: they are not. A QArray
+        has its own.
     """
 
     weight: Any
     bias: Any = None
+    input: Any = None
 
 
 # How gate and up lie in `LayerWeights.gate_up`.

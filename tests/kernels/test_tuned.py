@@ -193,13 +193,15 @@ def sizes_of(m, n, k, entries, op="scaled_gemm", format=E4M3, group_size=None):
 @pytest.mark.parametrize(
     ("m", "expected"),
     [
-        (1, 1), (5, 1), (8, 1), (9, 16), (16, 16), (17, 64), (33, 64), (64, 64), (65, 256),
+        (1, 1), (5, 1), (8, 1), (9, 16), (16, 16), (17, None), (32, None), (33, 64), (64, 64),
+        (65, None), (128, None), (129, 150), (160, 150), (161, None), (224, None), (225, 256),
         (256, 256), (300, 256), (700, 2048), (2049, 2048), (4096, 8192), (20000, 8192),
     ],
 )  # fmt: skip
 def test_tokens_count_by_the_tiles_that_they_need(tables, m, expected):
-    tables(document(*(entry(m=size) for size in (1, 16, 64, 256, 2048, 8192))))
-    assert lookup.lookup("scaled_gemm", E4M3, None, m, 4096, 4096, H200).m == expected
+    tables(document(*(entry(m=size) for size in (1, 16, 64, 150, 256, 2048, 8192))))
+    found = lookup.lookup("scaled_gemm", E4M3, None, m, 4096, 4096, H200)
+    assert (None if found is None else found.m) == expected
 
 
 def test_the_nearest_is_of_the_same_op_format_and_group_size(tables):
@@ -218,20 +220,36 @@ def test_the_nearest_is_of_the_same_op_format_and_group_size(tables):
     assert lookup.lookup("prepared_gemm", "int4", 128, 16, 64, 64, H200).k == 11008
 
 
-@pytest.mark.parametrize("m", [1, 2048, 8192])
-def test_an_entry_for_other_numbers_of_tokens_is_not_near(tables, m):
-    """Tiles of a prompt in a decode step were four times as slow as the first guess."""
+@pytest.mark.parametrize(
+    ("m", "expected"),
+    [(1, []), (32, []), (33, [64]), (64, [64]), (65, []), (100, []), (224, []), (256, [256]),
+     (2048, [256]), (8192, [256])],
+)  # fmt: skip
+def test_an_entry_for_other_numbers_of_tokens_is_not_near(tables, m, expected):
+    """Tiles of 64 tokens took twice the time of the first guess for 100, tiles of a prompt four
+    times that of a decode step."""
     tables(document(entry(m=64), entry(m=256, k=8192)))
     found = lookup.nearest("scaled_gemm", E4M3, None, m, 4096, 4096, H200)
-    assert [one.m for one in found] == ([] if m == 1 else [256])
-    assert [one.m for one in lookup.nearest("scaled_gemm", E4M3, None, 100, 4096, 4096, H200)] == [
-        64, 256,
-    ]  # fmt: skip
+    assert [one.m for one in found] == expected
+
+
+def test_sequences_have_no_tiles(tables):
+    """An op whose tiles have no tokens takes entries of up to four times as many, or as few."""
+    common = {"op": "decode_attention", "format": "bfloat16x128", "group_size": 4, "n": 1024}
+    tables(document(entry(**common, m=16, config={})))
+    found = [
+        lookup.lookup("decode_attention", "bfloat16x128", 4, m, 1024, 4096, H200) is not None
+        for m in (3, 4, 17, 64, 65)
+    ]
+    assert found == [False, True, True, True, False]
 
 
 def test_tokens_count_before_the_shape(tables):
     tables(document(entry(m=16, n=8192, k=8192), entry(m=256, n=4096, k=4096)))
     assert lookup.lookup("scaled_gemm", E4M3, None, 16, 4096, 4096, H200).m == 16
+    tables(document(entry(m=2048, n=8192, k=8192), entry(m=512, n=4096, k=4096)))
+    found = lookup.nearest("scaled_gemm", E4M3, None, 2048, 4096, 4096, H200)
+    assert [one.m for one in found] == [2048, 512]
 
 
 # What the kernels take
@@ -246,6 +264,20 @@ def test_without_a_table_the_cost_model_decides(tables):
     assert choose_scaled() == plan.candidates(16, 4096, 4096)[0]
     tables(document(entry(format="int8")))
     assert choose_scaled() == plan.candidates(16, 4096, 4096)[0]
+
+
+@pytest.mark.parametrize("m", [8, 17, 64])
+def test_for_other_numbers_of_tokens_the_cost_model_decides(tables, m):
+    tables(document(entry(config=SCALED | {"columns": 16, "stages": 7})))
+    assert choose_scaled(m=16).stages == 7
+    assert choose_scaled(m=m) == plan.candidates(m, 4096, 4096)[0]
+    common = {"op": "prepared_gemm", "format": "int4", "group_size": 128}
+    tables(document(entry(**common, config=STREAM | {"stages": 3})))
+    weight = prepared(4096, 4096)
+    with on():
+        assert weight_only.choose(16, weight, cores=132).stages == 3
+        expected = weight_config.candidates(m, weight)[0]
+        assert weight_only.choose(m, weight, cores=132) == expected
 
 
 def test_scaled_gemm_takes_the_nearest_entry_that_is_valid(tables):
@@ -273,8 +305,10 @@ def test_clusters_that_share_k_are_taken_only_for_one_tile_each(tables):
 
 
 def test_room_for_tokens_that_are_not_there_is_cut(tables):
-    tables(document(entry(m=64, config=SCALED)))
-    assert [choose_scaled(m=m).columns for m in (5, 9, 17, 33, 64, 65)] == [8, 16, 32, 64, 64, 64]
+    tables(document(*(entry(m=m, config=SCALED) for m in (8, 16, 32, 64))))
+    for m, columns in ((5, 8), (9, 16), (17, 32), (33, 64), (64, 64)):
+        assert choose_scaled(m=m) == ScaledConfig(**SCALED | {"columns": columns})
+    assert choose_scaled(m=65) == plan.candidates(65, 4096, 4096)[0]
     assert scaled.fitted(ScaledConfig(columns=64, multicast=2), 5).columns == 16
     assert scaled.fitted(ScaledConfig(columns=160), 130).columns == 160
     assert scaled.fitted(ScaledConfig(swap=False, columns=128), 9).columns == 128
@@ -363,7 +397,7 @@ def test_decode_attention_takes_the_nearest_entry_that_is_valid(tables):
 
 
 def test_xla_is_taken_where_the_table_has_it_faster(tables):
-    tables(document(entry(implementation="xla", config={}), entry(m=32, n=8192, k=8192)))
+    tables(document(entry(implementation="xla", config={}), entry(m=12, n=8192, k=8192)))
     dispatch.forget()
 
     def call(*arrays, implementation=None):

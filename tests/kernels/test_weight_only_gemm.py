@@ -442,6 +442,11 @@ def test_a_cpu_is_refused_by_name():
         api.prepared_gemm(x, api.prepare(*arrays), jnp.ones(3), out_dtype=jnp.bfloat16)
 
 
+def prepared_shapes(out, features, format, groups):
+    values = jax.ShapeDtypeStruct((out, features), format)
+    return jax.eval_shape(api.prepare, values, jax.ShapeDtypeStruct((out, groups), jnp.bfloat16))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     tokens=st.integers(1, 9000), out=st.integers(1, 2000), features=st.integers(1, 500),
@@ -449,11 +454,7 @@ def test_a_cpu_is_refused_by_name():
 )  # fmt: skip
 def test_candidates_fit(tokens, out, features, format, grouped):
     features *= 128
-    shapes = jax.eval_shape(
-        api.prepare,
-        jax.ShapeDtypeStruct((out * 8, features), format),
-        jax.ShapeDtypeStruct((out * 8, features // 128 if grouped else 1), jnp.bfloat16),
-    )
+    shapes = prepared_shapes(out * 8, features, format, features // 128 if grouped else 1)
     configs = candidates(tokens, shapes)
     assert 1 <= len(configs) <= 6
     assert len(set(configs)) == len(configs)
@@ -462,3 +463,17 @@ def test_candidates_fit(tokens, out, features, format, grouped):
             assert stream_fits(config, shapes)
         else:
             assert tiled_shared_memory(config, shapes) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("tokens", "out", "first"),
+    [(64, 1024, "stream"), (65, 1024, "stream"), (128, 33 * 128, "stream"),
+     (65, 34 * 128, "tiled"), (128, 28672, "tiled"), (129, 1024, "tiled")],
+)  # fmt: skip
+def test_the_first_guess_around_100_tokens(tokens, out, first):
+    """Up to 128 tokens, few rows of the weight: a tiled kernel's blocks would leave most
+    multiprocessors idle."""
+    found = candidates(tokens, prepared_shapes(out, 4096, "int4", 32))
+    assert found[0].kernel == first
+    kinds = {config.kernel for config in found}
+    assert kinds == ({"stream", "tiled"} if tokens <= 128 else {"tiled"})

@@ -12,9 +12,9 @@ from qjax_kernels.tuned.schema import OPS, Entry, Table, TableError, parse
 
 VARIABLE = "QJAX_TUNED"  # names another directory of tables
 STAND_IN = "NVIDIA H200"  # whose table serves Hopper GPUs that have none of their own
-# Tiles for a prompt are slow in decoding: entries for so many times the tokens, or so many times
-# fewer, say nothing, and the first guess for the size itself is better. All prompts are alike.
-FAR, PROMPT = 2.0, 256.0
+# Tiles for more or fewer tokens say nothing: with them 100 tokens took twice the time of the first
+# guess for 100 (measured). All prompts are alike.
+PROMPT = 256.0
 FAR_SEQUENCES = 4.0  # of ops without tiles for tokens
 
 
@@ -129,17 +129,19 @@ def nearest(
 def far(entry: Entry, m: int) -> bool:
     """Whether an entry says nothing about m tokens."""
     tiles = OPS[entry.op].tiles
-    few, many = sorted((_tokens(entry.m), _tokens(m)) if tiles else (entry.m, m))
-    return many > few * (FAR if tiles else FAR_SEQUENCES) and not (tiles and few >= PROMPT)
+    if not tiles:
+        return max(entry.m, m) > min(entry.m, m) * FAR_SEQUENCES
+    few, many = sorted((_tokens(entry.m), _tokens(m)))
+    return few != many and few < PROMPT
 
 
 def distance(entry: Entry, m: int, n: int, k: int) -> tuple[float, float, float]:
     """How far an entry is from a size: three numbers, of which the later ones decide ties.
 
     The first is 2 |log2(t(m') / t(m))| + |log2(n' / n)| + |log2(k' / k)|, with m', n', k' the
-    entry's and t(m) the tokens that tiles for m have: the next power of two from 8 to 256, then the
-    next multiple of 256; of ops without such tiles m itself. A product of 17 tokens is as far from
-    one of 16 as from one of 64: then the larger t decides, whose tiles fit. Last, the nearest m.
+    entry's and t(m) the tokens that tiles for m have: the next power of two from 8 to 128, then the
+    next multiple of 32, from 256 on of 256; of ops without such tiles m itself. Among equals the
+    larger t decides, whose tiles fit, and last the nearest m.
     """
     tokens = _tokens if OPS[entry.op].tiles else float
     apart = 2 * abs(math.log2(tokens(entry.m) / tokens(m)))
@@ -150,4 +152,6 @@ def distance(entry: Entry, m: int, n: int, k: int) -> tuple[float, float, float]
 def _tokens(m: int) -> float:
     if m > 256:
         return 256.0 * math.ceil(m / 256)
+    if m > 128:
+        return 32.0 * math.ceil(m / 32)
     return float(max(8, 1 << (m - 1).bit_length()))

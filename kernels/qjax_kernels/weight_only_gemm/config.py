@@ -46,7 +46,11 @@ def candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Confi
     stream, tiled = stream_candidates(tokens, weight, cores), _tiled(tokens, weight)
     if tokens <= 64:
         return (stream + tiled)[:6]
-    return (tiled + stream[:1])[:6] if tokens <= 128 else tiled[:6]
+    if tokens > 128:
+        return tiled[:6]
+    # A tiled kernel's blocks have 128 rows: few of them leave most multiprocessors idle.
+    few = -(-weight.out_features // 128) <= cores // 4
+    return ([*stream[:1], *tiled] if few else [*tiled[:5], *stream[:1]])[:6]
 
 
 def fp8_candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[Config]:
