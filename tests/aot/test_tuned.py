@@ -6,15 +6,18 @@ import h200
 import numpy as np
 import pytest
 from qjax_kernels.decode_attention.choice import table_format
+from qjax_kernels.scaled_gemm import choice as scaled
 from qjax_kernels.tuned import lookup, schema
 from qjax_kernels.tuning import measure
 from qjax_kernels.tuning.jobs import Job
 from qjax_kernels.tuning.problems import PROBLEMS, problem
-from qjax_kernels.weight_only_gemm.choice import fitted
+from qjax_kernels.weight_only_gemm import choice as weight_only
 
 pytestmark = pytest.mark.heavy
 
 MOST = 150  # so that these tests take minutes
+FITTED = {"prepared_gemm": weight_only.fitted, "w4a8_gemm": weight_only.fitted}
+FITTED |= dict.fromkeys(("scaled_gemm", "plain_gemm", "gemm_swiglu"), scaled.fitted)
 CACHES = ("bfloat16", "float8_e4m3fn", "int8")
 ENTRIES = [
     entry
@@ -24,18 +27,28 @@ ENTRIES = [
 
 
 def distinct(entries):
-    """One entry for each configuration of an op and format, the smallest that uses it."""
+    """One entry for each configuration of an op and format, the smallest that uses it, and one for
+    each that is left of a configuration when the fewest tokens cut it."""
+    mosaic = [entry for entry in entries if entry.implementation == "mosaic"]
+    mosaic.sort(key=lambda entry: entry.m * entry.n * entry.k)
     found = {}
-    for entry in sorted(entries, key=lambda entry: entry.m * entry.n * entry.k):
-        if entry.implementation == "mosaic":
-            found.setdefault((*entry.key, str(schema.config_of(entry))), entry)
+    for entry in [*mosaic, *map(with_fewest_tokens, mosaic)]:
+        found.setdefault((*entry.key, str(schema.config_of(entry))), entry)
     return list(found.values())
 
 
-def problem_of(entry, m=None):
+def with_fewest_tokens(entry):
+    """An entry as it serves the fewest tokens that it is near to."""
+    if entry.op not in FITTED:
+        return entry
+    m = next(m for m in range(1, entry.m + 1) if not lookup.far(entry, m))
+    config = FITTED[entry.op](schema.config_of(entry), m)
+    return dataclasses.replace(entry, m=m, config=dataclasses.asdict(config))
+
+
+def problem_of(entry):
     """What the tuner measured."""
-    sizes = {"n": entry.n, "k": entry.k, "group_size": entry.group_size}
-    m = entry.m if m is None else m
+    m, sizes = entry.m, {"n": entry.n, "k": entry.k, "group_size": entry.group_size}
     if entry.op == "decode_attention":
         for cache in CACHES:
             head_dim = entry.format.rpartition("x")[2]
@@ -66,26 +79,33 @@ def test_tuned_configurations(entry):
     compile_and_check(problem_of(entry), schema.config_of(entry))
 
 
-@pytest.mark.parametrize("entry", distinct(e for e in ENTRIES if e.m == 64)[:12], ids=label)
-def test_those_that_fewer_tokens_cut(entry):
-    if entry.op not in ("prepared_gemm", "w4a8_gemm"):
-        pytest.skip("other ops are not cut so")
-    config = fitted(schema.config_of(entry), 24)
-    compile_and_check(problem_of(entry, 24), config)
-
-
 def test_there_are_few():
     assert len(distinct(ENTRIES)) < MOST
 
 
+MADE_UP = schema.Entry(
+    op="scaled_gemm", format="int8", m=16, n=512, k=1024, group_size=None,
+    implementation="mosaic", us=1.0, bound_us=1.0, row_error=0.0,
+    config={"columns": 16, "stages": 6},
+)  # fmt: skip
+
+
 def test_the_check_itself():
     """Of an entry made up here, since there may be no table."""
-    entry = schema.Entry(
-        op="scaled_gemm", format="int8", m=16, n=512, k=1024, group_size=None,
-        implementation="mosaic", us=1.0, bound_us=1.0, row_error=0.0,
-        config={"columns": 16, "stages": 6},
-    )  # fmt: skip
-    compile_and_check(problem_of(entry), schema.config_of(entry))
-    broken = schema.config_of(dataclasses.replace(entry, config={"columns": 256, "stages": 32}))
+    compile_and_check(problem_of(MADE_UP), schema.config_of(MADE_UP))
+    broken = schema.config_of(dataclasses.replace(MADE_UP, config={"columns": 256, "stages": 32}))
     with pytest.raises(AssertionError):
-        compile_and_check(problem_of(entry), broken)
+        compile_and_check(problem_of(MADE_UP), broken)
+
+
+def test_what_is_distinct():
+    wide = dataclasses.replace(MADE_UP, config={"columns": 64, "stages": 6})
+    large = dataclasses.replace(MADE_UP, n=8192)
+    xla = dataclasses.replace(MADE_UP, m=64, implementation="xla", config={})
+    assert distinct([large, MADE_UP, xla]) == [MADE_UP]
+    # 64 columns serve 9 tokens as 16.
+    assert [entry.m for entry in distinct([wide])] == [16, 9]
+    assert distinct([large, wide, MADE_UP]) == [wide, MADE_UP]
+    sequences = {"op": "decode_attention", "format": "bfloat16x128", "config": {"stages": 5}}
+    sequences = dataclasses.replace(MADE_UP, **sequences)
+    assert distinct([sequences]) == [sequences]

@@ -129,9 +129,9 @@ def nearest(
 def far(entry: Entry, m: int) -> bool:
     """Whether an entry says nothing about m tokens."""
     tiles = OPS[entry.op].tiles
-    if not tiles:
+    if tiles is None:
         return max(entry.m, m) > min(entry.m, m) * FAR_SEQUENCES
-    few, many = sorted((_tokens(entry.m), _tokens(m)))
+    few, many = sorted((_tokens(entry.m, tiles), _tokens(m, tiles)))
     return few != many and few < PROMPT
 
 
@@ -140,18 +140,20 @@ def distance(entry: Entry, m: int, n: int, k: int) -> tuple[float, float, float]
 
     The first is 2 |log2(t(m') / t(m))| + |log2(n' / n)| + |log2(k' / k)|, with m', n', k' the
     entry's and t(m) the tokens that tiles for m have: the next power of two from 8 to 128, then the
-    next multiple of 32, from 256 on of 256; of ops without such tiles m itself. Among equals the
-    larger t decides, whose tiles fit, and last the nearest m.
+    next multiple of `Op.tiles`, from 256 on of 256; of ops without such tiles m itself. Among
+    equals the larger t decides, whose tiles fit, and last the nearest m.
     """
-    tokens = _tokens if OPS[entry.op].tiles else float
+    tokens = functools.partial(_tokens, tiles=OPS[entry.op].tiles)
     apart = 2 * abs(math.log2(tokens(entry.m) / tokens(m)))
     apart += abs(math.log2(entry.n / n)) + abs(math.log2(entry.k / k))
     return round(apart, 6), -tokens(entry.m), abs(math.log2(entry.m / m))
 
 
-def _tokens(m: int) -> float:
+def _tokens(m: int, tiles: int | None) -> float:
+    if tiles is None:
+        return float(m)
     if m > 256:
         return 256.0 * math.ceil(m / 256)
     if m > 128:
-        return 32.0 * math.ceil(m / 32)
+        return float(tiles * math.ceil(m / tiles))
     return float(max(8, 1 << (m - 1).bit_length()))

@@ -23,12 +23,13 @@ class Op:
     Attributes:
       module: where its `Config` is.
       values: what its fields may be; a field that is not here may be what its type allows.
-      tiles: m is covered by tiles of tokens, so that it counts as rounded up to one.
+      tiles: m is covered by tiles of tokens, so that it counts as rounded up to one; from 129 to
+        256 tokens to a multiple of this. None: it counts as it is.
     """
 
     module: str
     values: Mapping[str, Iterable[Any]]
-    tiles: bool = True
+    tiles: int | None = 32
 
 
 _PRODUCT = Op(
@@ -46,6 +47,7 @@ _PRODUCT = Op(
 _WEIGHT_ONLY = Op(
     "qjax_kernels.weight_only_gemm.config",
     {"tokens": range(8, 257, 8), "warpgroups": range(1, 5), "cluster": (1, 2, 4, 8)},
+    tiles=128,
 )
 OPS = {
     "scaled_gemm": _PRODUCT,
@@ -62,7 +64,7 @@ OPS = {
             "cluster": range(1, 9),
             "persistent": range(0, 5),
         },
-        tiles=False,
+        tiles=None,
     ),
 }
 
