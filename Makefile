@@ -1,6 +1,6 @@
 # Each target sets up .venv by itself. `make demo` and `make test` are all a newcomer needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-aot test-newest lint format clean
+.PHONY: help demo test test-heavy test-aot test-newest lint format clean
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS := -qq --disable-pip-version-check
@@ -11,7 +11,8 @@ endif
 
 help:
 	@echo "make demo    quantize the reference model to four formats and compare them"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, but for the longest"
+	@echo "make test-heavy  run those"
 	@echo "make test-aot  compile every kernel for the GPUs it is meant for"
 	@echo "make lint    ruff and mypy"
 
@@ -19,7 +20,10 @@ demo: $(VENV)/.run
 	$(BIN)/qjax compare --presets fp8,int8_wo,int8,int4_wo --samples --html demo/index.html
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not aot"
+	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "not aot and not heavy"
+
+test-heavy: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --dist worksteal -q -m "heavy and not aot"
 
 # Every kernel, compiled for the GPUs it is meant for.
 test-aot: $(VENV)/.test
