@@ -54,7 +54,7 @@ def attention(
         positions,
         alibi_slopes,
         cpu=partial(_blockwise, form=form),
-        default=partial(_at_once, form=form),
+        default=partial(at_once, form=form),
     )
 
 
@@ -81,7 +81,7 @@ def _masked(
     return jnp.where(visible[:, None, None], scores, -jnp.inf)
 
 
-def _at_once(
+def at_once(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

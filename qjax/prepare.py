@@ -15,7 +15,9 @@ from qjax import ops
 from qjax.config import QuantConfig
 from qjax.errors import ConfigError, DataError, one_of
 from qjax.lm import LanguageModel, load
-from qjax.models.llama import Attention, DecoderLayer, Llama
+from qjax.models.llama import Llama
+from qjax.nn.attention import Attention
+from qjax.nn.layer import DecoderLayer
 from qjax.nn.linear import Linear
 from qjax.qarray import is_qarray
 from qjax.quantize import Stats

@@ -135,6 +135,9 @@ def _products(
     weight = jax.eval_shape(weight_only.prepare, values, scale)
     call = probe(weight_only.prepared_gemm, x, weight, **out)
     yield "prepared_gemm", weight_only.PREPARED_IMPLEMENTATIONS, call
+    residual = _shape(x.shape[0], weight.shape[0])
+    call = probe(weight_only.residual_gemm, x, weight, residual, _shape(weight.shape[0]))
+    yield "residual_gemm", weight_only.RESIDUAL_IMPLEMENTATIONS, call
     prepare = functools.partial(weight_only.prepare, operand=jnp.dtype(FP8).name)
     weight = jax.eval_shape(prepare, values, scale)
     narrow, x_scale = _shape(16, 256, dtype=FP8), _shape(16, 1, dtype=F32)

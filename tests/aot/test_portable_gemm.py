@@ -61,7 +61,8 @@ def compile_weight_only(tokens, weight, tiles, capability, dtype=jnp.bfloat16):
 def test_int4(tokens, capability):
     weight = packed()
     found = config.candidates(tokens, weight, capability=capability, cores=CORES[capability])
-    for tiles in tiles_of(found, 3):
+    # What is to be tried where it can be timed, and what is taken elsewhere.
+    for tiles in tiles_of(found, 3 if capability == 90 else 1):
         kernel = compile_weight_only(tokens, weight, tiles, capability)
         if tiles.tokens == 8:
             # Weights come out of shared memory as the product wants them, at least 8 bytes at a

@@ -3,47 +3,21 @@
 import dataclasses
 
 import h200
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from qjax_kernels import timing
 from qjax_kernels.decode_attention.choice import table_format
-from qjax_kernels.scaled_gemm import choice as scaled
-from qjax_kernels.tuned import lookup, schema
-from qjax_kernels.tuning import measure
+from qjax_kernels.tuned import schema
 from qjax_kernels.tuning.jobs import Job
 from qjax_kernels.tuning.problems import PROBLEMS, problem
-from qjax_kernels.weight_only_gemm import choice as weight_only
+from tuned_tables import ENTRIES, distinct
 
 pytestmark = pytest.mark.heavy
 
 MOST = 150  # so that these tests take minutes
-FITTED = {"prepared_gemm": weight_only.fitted, "w4a8_gemm": weight_only.fitted}
-FITTED |= dict.fromkeys(("scaled_gemm", "plain_gemm", "gemm_swiglu"), scaled.fitted)
 CACHES = ("bfloat16", "float8_e4m3fn", "int8")
-ENTRIES = [
-    entry
-    for path in sorted(lookup.directory().glob("*.json"))
-    for entry in schema.parse(path.read_text(), path.name).entries
-]
-
-
-def distinct(entries):
-    """One entry for each configuration of an op and format, the smallest that uses it, and one for
-    each that is left of a configuration when the fewest tokens cut it."""
-    mosaic = [entry for entry in entries if entry.implementation == "mosaic"]
-    mosaic.sort(key=lambda entry: entry.m * entry.n * entry.k)
-    found = {}
-    for entry in [*mosaic, *map(with_fewest_tokens, mosaic)]:
-        found.setdefault((*entry.key, str(schema.config_of(entry))), entry)
-    return list(found.values())
-
-
-def with_fewest_tokens(entry):
-    """An entry as it serves the fewest tokens that it is near to."""
-    if entry.op not in FITTED:
-        return entry
-    m = next(m for m in range(1, entry.m + 1) if not lookup.far(entry, m))
-    config = FITTED[entry.op](schema.config_of(entry), m)
-    return dataclasses.replace(entry, m=m, config=dataclasses.asdict(config))
 
 
 def problem_of(entry):
@@ -63,11 +37,17 @@ def problem_of(entry):
 
 
 def compile_and_check(one, config):
-    candidate = measure.Candidate("mosaic", dataclasses.asdict(config))
-    measure.compile_candidate(one, candidate, measure.Options(compile_only=True))
-    assert candidate.dropped is None
-    assert candidate.spills == 0
-    assert 0 < candidate.shared <= h200.SHARED_MEMORY
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    rotated = jax.eval_shape(one.rotated, seed)
+    operands = jax.eval_shape(one.shared, seed), jax.eval_shape(one.prepare, rotated)
+    operands = jax.tree.map(lambda x: h200.shape(x.shape, x.dtype), operands)
+    compiled = h200.compile_for_h200(timing.chain(one.call(config)), operands)
+    kernel, *merge = compiled.kernels
+    assert len(merge) == bool(getattr(config, "persistent", 0))
+    assert [kernel.spills for kernel in compiled.kernels] == [0] * len(compiled.kernels)
+    assert 0 < kernel.shared <= h200.SHARED_MEMORY
+    assert "wgmma.mma_async" in kernel.ptx
+    assert ".local" not in kernel.ptx
 
 
 def label(entry):
@@ -94,7 +74,7 @@ def test_the_check_itself():
     """Of an entry made up here, since there may be no table."""
     compile_and_check(problem_of(MADE_UP), schema.config_of(MADE_UP))
     broken = schema.config_of(dataclasses.replace(MADE_UP, config={"columns": 256, "stages": 32}))
-    with pytest.raises(AssertionError):
+    with pytest.raises(NotImplementedError, match="shared memory"):
         compile_and_check(problem_of(MADE_UP), broken)
 
 

@@ -1,6 +1,7 @@
 """The weight-only kernels compile for an H200: no spills, memory that fits, tensor cores."""
 
 import functools
+import itertools
 
 import h200
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from qjax_kernels.weight_only_gemm import api, mosaic
 from qjax_kernels.weight_only_gemm.config import candidates, fp8_candidates
+from tuned_tables import tuned
 
 pytestmark = pytest.mark.heavy
 
@@ -53,24 +55,32 @@ def test_the_first_choice(tokens, format, group_size, zeros):
     assert "fusion(" not in compiled.hlo
 
 
-@pytest.mark.parametrize(("out", "features"), SHAPES)
-@pytest.mark.parametrize("format", ["int4", "int8"])
-def test_every_candidate(out, features, format):
-    weight = prepared(out, features, format, 128 if format == "int4" else 0, False)
-    seen = {}
-    for tokens in (1, 16, 64, 256, 2048):
-        for config in candidates(tokens, weight):
-            seen.setdefault(config, tokens)
-    for config, tokens in seen.items():
-        compiled = h200.compile_for_h200(
-            mosaic.prepared_gemm,
-            h200.shape((tokens, features), jnp.bfloat16),
-            weight,
-            out_dtype=jnp.bfloat16,
-            config=config,
-        )
-        (kernel,) = compiled.kernels
-        check(kernel)
+def _candidates():
+    """Format, a shape that it is for, and each configuration that is not in the tuned table."""
+    found = {}
+    for format, group_size in (("int4", 128), ("int8", 0)):
+        there = tuned("prepared_gemm", format, group_size or None)
+        for (out, features), tokens in itertools.product(SHAPES, (1, 16, 64, 256, 2048)):
+            for config in candidates(tokens, prepared(out, features, format, group_size, False)):
+                if config not in there:
+                    found.setdefault((format, config), (tokens, out, features, group_size))
+    return [(*shape, *key) for key, shape in found.items()]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "out", "features", "group_size", "format", "config"), _candidates(), ids=str
+)
+def test_every_candidate(tokens, out, features, group_size, format, config):
+    weight = prepared(out, features, format, group_size, False)
+    compiled = h200.compile_for_h200(
+        mosaic.prepared_gemm,
+        h200.shape((tokens, features), jnp.bfloat16),
+        weight,
+        out_dtype=jnp.bfloat16,
+        config=config,
+    )
+    (kernel,) = compiled.kernels
+    check(kernel)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256, 2048])

@@ -1,1 +1,0 @@
-"""Causal grouped-query attention over contiguous keys and values."""
