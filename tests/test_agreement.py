@@ -43,6 +43,7 @@ def test_the_reference_decodes_as_generation_does(lm):
 
 
 @pytest.mark.parametrize("batch", [4, 2])
+@pytest.mark.heavy
 def test_a_prepared_model_agrees(lm, batch):
     row = agreement.compare("bf16", lm, PROMPTS, WINDOWS, new=5, batch=batch)
     assert (row.share, row.gap, row.positions) == (1.0, 0.0, 20)
@@ -53,6 +54,7 @@ def test_a_prepared_model_agrees(lm, batch):
     assert any("decode_attention: mosaic" in reason for reason in row.skipped)
 
 
+@pytest.mark.heavy
 def test_another_model_does_not(lm, monkeypatch):
     """What prepare returns is another model: all three measures show it."""
     other = qjax.prepare(tiny_lm(seed=1, eos_token_id=()))

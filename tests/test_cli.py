@@ -129,6 +129,7 @@ def test_compare_prints_the_promised_json(capsys, tmp_path):
     assert page.is_file()
 
 
+@pytest.mark.heavy
 def test_tables(capsys):
     code, out, _ = run(capsys, "compare", "--presets", "fp8", *SMALL, "--samples")
     assert code == 0

@@ -55,6 +55,7 @@ def run(code: str, **environment: str) -> list:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.heavy
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     (tokens, first), (again, second) = (run(GENERATE, XDG_CACHE_HOME=str(tmp_path)) for _ in "ab")
     folder = tmp_path / "qjax" / "jax"

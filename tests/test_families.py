@@ -40,6 +40,7 @@ def test_a_router_is_reached_by_its_name():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.heavy
 def test_quantized_models_generate_and_are_saved(family, tmp_path):
     preset = TURNS[family]
     lm = small_lm(family)

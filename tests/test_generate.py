@@ -99,6 +99,7 @@ def test_sampling_is_reproducible_and_follows_its_settings():
     assert (twins[0] != twins[1]).any()
 
 
+@pytest.mark.heavy
 def test_a_sequence_depends_on_its_own_seed():
     """Neighbours, places and their settings change nothing; one number means consecutive seeds."""
     lm = tiny_lm(eos_token_id=())
@@ -117,6 +118,7 @@ def test_a_sequence_depends_on_its_own_seed():
     np.testing.assert_array_equal(same[0], same[1])
 
 
+@pytest.mark.heavy
 def test_logprobs_are_those_of_full_passes():
     lm = tiny_lm(eos_token_id=())
     end = int(lm.generate(PROMPTS, 12).token_ids[0, 4])

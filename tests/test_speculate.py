@@ -163,6 +163,7 @@ def test_a_row_does_not_depend_on_its_batch():
         )
 
 
+@pytest.mark.heavy
 def test_with_penalty_and_logprobs():
     lm = tiny_lm(eos_token_id=())
     penalty = [1.0, 1.05, 1.4]
@@ -201,6 +202,7 @@ def test_one_loop_on_the_device():
     assert "callback" not in text
 
 
+@pytest.mark.heavy
 def test_real_text_on_the_reference_model():
     lm = qjax.load(ROOT / "checkpoints" / "reference")
     texts = [

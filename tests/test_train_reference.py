@@ -64,6 +64,7 @@ def training(example, corpus, tokenizer):
     return example.Trainer(MODEL, cfg), tokens, unseen
 
 
+@pytest.mark.heavy
 def test_an_interrupted_run_ends_in_the_same_weights(example, corpus, tokenizer, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()

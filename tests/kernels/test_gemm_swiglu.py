@@ -210,6 +210,7 @@ def test_mosaic(case, config):
     interpret(check, case, mosaic.gemm_swiglu, config=config)
 
 
+@pytest.mark.heavy
 def test_mosaic_clusters():
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

@@ -199,6 +199,7 @@ def test_mosaic(case, config):
     interpret(case, config)
 
 
+@pytest.mark.heavy
 def test_mosaic_clusters():
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
