@@ -75,7 +75,7 @@ def at_once(*args, alibi_slopes=None, window=None, soft_cap=None, scale=None):
     """What runs on GPUs."""
     divisor = 8**0.5 if scale is None else 1 / scale
     form = attention.Form(divisor=divisor, window=window, soft_cap=soft_cap)
-    return attention._at_once(*args, alibi_slopes, form=form)
+    return attention.at_once(*args, alibi_slopes, form=form)
 
 
 def as_arrays(form):
