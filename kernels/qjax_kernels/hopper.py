@@ -28,7 +28,7 @@ def over_rows(x: jax.Array, operation: str, scratch: Any, *, interpret: bool) ->
     """The maximum ('max') or the sum ('add') of an accumulator [rows, columns] over the rows.
 
     Pallas keeps one piece of shared memory for this in a block, which warpgroups would write at
-    once: each has a `scratch` of its own, of EXCHANGED floats.
+    once: each has a `scratch` of its own, of EXCHANGED floats (fewer for fewer columns).
     """
     if interpret:
         return x.max(0) if operation == "max" else x.sum(0)

@@ -20,6 +20,7 @@ from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax_kernels.decode_attention import narrow, places, threads
+from qjax_kernels.hopper import over_rows
 from qjax_kernels.row_quant import quantize_rows
 
 Ref = Any
@@ -131,22 +132,8 @@ class Operands:
         return _product(left, weights.T)
 
     def over_tokens(self, x: jax.Array, operation: str, scratch: Ref) -> jax.Array:
-        """The maximum ('max') or the sum ('add') of x [rows, columns] over the rows.
-
-        Pallas keeps one piece of shared memory for this in a block, which warpgroups would write
-        at once: each has its own `scratch`, of `config.scratch_floats`.
-        """
-        if self.interpret:
-            return x.max(0) if operation == "max" else x.sum(0)
-
-        def emit(context: Any, x: Any, scratch: Any) -> Any:
-            del context
-            return x.reduce(operation, 0, scratch)
-
-        layout = plgpu.Layout.WGMMA
-        out = plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=layout.reduce(0))
-        types = layout, plgpu.RefType(())
-        return plgpu.inline_mgpu(arg_types=types, return_type=out)(emit)(x, scratch)
+        """See `hopper.over_rows`; `scratch` has `config.scratch_floats`."""
+        return over_rows(x, operation, scratch, interpret=self.interpret)
 
     @property
     def neighbours(self) -> int:
