@@ -101,18 +101,17 @@ def test_bfloat16_logits(preset):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    ("preset", "dtype"),
-    [*((preset, "float32") for preset in FORMATS), (None, "bfloat16"), ("int4_wo", "bfloat16")],
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("preset", FORMATS)
 def test_text_is_the_same(preset, dtype):
-    """To the token where numbers are continuous; else up to where the model itself is not sure."""
+    """In float32 to the token, but for int4 weights with fp8 activations, whose sums are in another
+    order; those, and all in bfloat16, up to where the canonical model itself is not sure."""
     lm = reference(preset, dtype)
     expected = lm.generate(SURE, max_new_tokens=24)
     got = qjax.prepare(lm).generate(SURE, max_new_tokens=24)
     for text, row, other in zip(SURE, got.token_ids, expected.token_ids, strict=True):
         if not (row == other).all():
-            assert dtype == "bfloat16" or preset in (*QUANTIZED_INPUT, *MIXED)
+            assert dtype == "bfloat16" or preset in MIXED
             assert unsure(preset, dtype, lm.tokenizer(text)["input_ids"], other, row)
 
 
