@@ -135,6 +135,7 @@ ATTENTION = [STREAM, "rope_cache", "decode_attention_blocks", STREAM]
     ("preset", "batch", "kv_cache"),
     [
         ("int4_wo", 1, None),
+        ("int4_wo", 64, "fp8_e4m3"),
         ("int8_wo", 8, None),
         ("fp8_wo", 64, "fp8_e4m3"),
     ],
@@ -161,7 +162,7 @@ def test_plain():
 
 @pytest.mark.parametrize(
     ("preset", "batch", "format"),
-    [("fp8", 1, "float8_e4m3fn"), ("int8_sq", 64, "int8")],
+    [("fp8", 1, "float8_e4m3fn"), ("fp8", 64, "float8_e4m3fn"), ("int8_sq", 64, "int8")],
 )
 def test_static_scales(preset, batch, format):
     """Attention rounds what it writes."""
