@@ -204,6 +204,17 @@ def test_tokens_count_by_the_tiles_that_they_need(tables, m, expected):
     assert (None if found is None else found.m) == expected
 
 
+@pytest.mark.parametrize(
+    ("m", "expected"), [(16, 16), (17, None), (48, None), (49, 64), (129, 256), (200, 256)]
+)
+def test_tiles_of_weight_only_products(tables, m, expected):
+    """48 tokens leave room for more warpgroups than 64: entries for 64 do not serve them."""
+    stream = {"op": "prepared_gemm", "format": "int4", "config": STREAM, "group_size": 128}
+    tables(document(*(entry(m=size, **stream) for size in (16, 64, 256))))
+    found = lookup.lookup("prepared_gemm", "int4", 128, m, 4096, 4096, H200)
+    assert (None if found is None else found.m) == expected
+
+
 def test_the_nearest_is_of_the_same_op_format_and_group_size(tables):
     shapes = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
     entries = [entry(m=16, n=n, k=k) for n, k in shapes]
@@ -314,6 +325,8 @@ def test_room_for_tokens_that_are_not_there_is_cut(tables):
     assert scaled.fitted(ScaledConfig(swap=False, columns=128), 9).columns == 128
     stream = weight_config.Config(**STREAM)
     assert [weight_only.fitted(stream, m).tokens for m in (1, 9, 16, 40)] == [8, 16, 16, 16]
+    stream = dataclasses.replace(stream, tokens=64)
+    assert [weight_only.fitted(stream, m).tokens for m in (17, 40, 57)] == [24, 40, 64]
 
 
 def test_the_kernel_runs_what_was_chosen(tables, monkeypatch):

@@ -117,6 +117,8 @@ def test_formats(format, group_size, zeros, dtype, config):
         (9, 64, 1000, STREAM),
         (8, 64, 512, CLUSTER),
         (20, 200, 384, CLUSTER),
+        (20, 72, 384, dataclasses.replace(STREAM, tokens=24)),
+        (40, 64, 512, dataclasses.replace(CLUSTER, tokens=40)),
         (1, 64, 64, TILED),
         (70, 200, 328, TILED),
         (129, 136, 128, TILED),
@@ -178,7 +180,7 @@ def test_a_norm_between_two_products(tokens, config):
 
     y = mosaic.prepared_gemm(
         summed[1], api.prepare(*second), out_dtype=jnp.float32, squares=summed[2], eps=eps,
-        **how | {"config": dataclasses.replace(config, tiles=1)},
+        **how | {"config": dataclasses.replace(config, tiles=1, tokens=-(-tokens // 8) * 8)},
     )  # fmt: skip
     expected = rms_norm(total, wide[2], eps) @ float64(*second).T
     # A norm's input is off by 2^-9 in each of `out` features, and so is what it is scaled to.
@@ -200,6 +202,11 @@ def test_what_a_norm_refuses():
     gain = activations(1, 64, jnp.bfloat16)[0]
     with pytest.raises(NotImplementedError, match="65 tokens with a norm; at most 64"):
         mosaic.residual_gemm(x, values, None, residual, gain, interpret=True)
+    with pytest.raises(NotImplementedError, match="tiles of 40 tokens; 8, 16, 32 or 64"):
+        mosaic.residual_gemm(
+            x[:40], values, None, residual[:40], gain,
+            config=dataclasses.replace(STREAM, tokens=40), interpret=True,
+        )  # fmt: skip
     with pytest.raises(ValueError, match=r"gain is \(65,\); it must be \(64,\)"):
         api.residual_gemm(x, values, residual, jnp.ones(65))
     with pytest.raises(

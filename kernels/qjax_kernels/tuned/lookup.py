@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from qjax_kernels.target import Target, target
@@ -139,9 +140,8 @@ def distance(entry: Entry, m: int, n: int, k: int) -> tuple[float, float, float]
     """How far an entry is from a size: three numbers, of which the later ones decide ties.
 
     The first is 2 |log2(t(m') / t(m))| + |log2(n' / n)| + |log2(k' / k)|, with m', n', k' the
-    entry's and t(m) the tokens that tiles for m have: the next power of two from 8 to 128, then the
-    next multiple of `Op.tiles`, from 256 on of 256; of ops without such tiles m itself. Among
-    equals the larger t decides, whose tiles fit, and last the nearest m.
+    entry's and t(m) the tokens that tiles for m have, see `Op.tiles`; of ops without such tiles m
+    itself. Among equals the larger t decides, whose tiles fit, and last the nearest m.
     """
     tokens = functools.partial(_tokens, tiles=OPS[entry.op].tiles)
     apart = 2 * abs(math.log2(tokens(entry.m) / tokens(m)))
@@ -149,11 +149,7 @@ def distance(entry: Entry, m: int, n: int, k: int) -> tuple[float, float, float]
     return round(apart, 6), -tokens(entry.m), abs(math.log2(entry.m / m))
 
 
-def _tokens(m: int, tiles: int | None) -> float:
+def _tokens(m: int, tiles: Sequence[int] | None) -> float:
     if tiles is None:
         return float(m)
-    if m > 256:
-        return 256.0 * math.ceil(m / 256)
-    if m > 128:
-        return float(tiles * math.ceil(m / tiles))
-    return float(max(8, 1 << (m - 1).bit_length()))
+    return float(next((t for t in tiles if m <= t), tiles[-1] * math.ceil(m / tiles[-1])))

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ class Op:
     Attributes:
       module: where its `Config` is.
       values: what its fields may be; a field that is not here may be what its type allows.
-      tiles: m is covered by tiles of tokens, so that it counts as rounded up to one; from 129 to
-        256 tokens to a multiple of this. None: it counts as it is.
+      tiles: m is covered by tiles of tokens, so that it counts as rounded up to one of these, or
+        else to a multiple of the last. None: it counts as it is.
     """
 
     module: str
     values: Mapping[str, Iterable[Any]]
-    tiles: int | None = 32
+    tiles: Sequence[int] | None
 
 
 _PRODUCT = Op(
@@ -43,11 +43,13 @@ _PRODUCT = Op(
         "multicast": range(1, 9),
         "resident": range(1, 3),
     },
+    tiles=(8, 16, 32, 64, 128, 160, 192, 224, 256),
 )
 _WEIGHT_ONLY = Op(
     "qjax_kernels.weight_only_gemm.config",
     {"tokens": range(8, 257, 8), "warpgroups": range(1, 5), "cluster": (1, 2, 4, 8)},
-    tiles=128,
+    # What serves 64 tokens best needs memory that is free for 48.
+    tiles=(8, 16, 24, 32, 40, 48, 64, 128, 256),
 )
 OPS = {
     "scaled_gemm": _PRODUCT,

@@ -31,8 +31,7 @@ def fitted(config: Config, tokens: int) -> Config:
     """Without room for tokens that are not there."""
     if config.kernel == "tiled" or tokens >= config.tokens:
         return config
-    tile = next(t for t in (8, 16, 32, 64, 128, 256) if t >= tokens)
-    return dataclasses.replace(config, tokens=min(tile, config.tokens))
+    return dataclasses.replace(config, tokens=-(-tokens // 8) * 8)
 
 
 def valid(config: Config, weight: Prepared) -> bool:

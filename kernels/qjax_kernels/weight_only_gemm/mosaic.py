@@ -97,6 +97,8 @@ def residual_gemm(
         raise NotImplementedError(f"{weight.out_features} out features; a multiple of 64 is needed")
     added = Added(bias, residual, None, gain)
     config = _config(x, weight, added, cores) if config is None else config
+    if config.tokens > 16 and config.tokens % 32:
+        raise NotImplementedError(f"tiles of {config.tokens} tokens; 8, 16, 32 or 64 are taken")
     dtype = residual.dtype.name
     how = How(out_dtype=dtype, config=config, cores=cores, interpret=interpret)
     total, scaled, squares = _shaped(x, weight, None, added, how)
@@ -161,7 +163,10 @@ def _config(x: jax.Array, weight: Prepared, added: Added, cores: int) -> Config:
     if tokens > 64:
         raise NotImplementedError(f"{tokens} tokens with a norm; at most 64 are taken")
     parts = 0 if added.squares is None else added.squares.shape[0]
-    for one in (config, *stream_candidates(tokens, weight, cores)):
+    if added.gain is not None and config.tokens > 16:
+        # Sums of squares leave 32 tokens at a time: the copy engine begins at 128 bytes.
+        config = dataclasses.replace(config, tokens=-(-config.tokens // 32) * 32)
+    for one in (config, *stream_candidates(config.tokens, weight, cores)):
         room = norm_shared_memory(parts, added.gain is not None, one.tokens)
         if one.kernel == "stream" and stream_shared_memory(one, weight) + room <= SHARED_MEMORY:
             return one
