@@ -10,6 +10,7 @@ from flax import nnx
 
 from qjax import cache as kv
 from qjax import speculate as lookup_decoding
+from qjax.prompts import read_prompts
 from qjax.sampling import How, Logprobs, Settings, greedy, is_end, logprobs, sample, withhold
 from qjax.speculate import Lookup, PromptLookup
 
@@ -94,11 +95,9 @@ def prefill(
       the state after one token, and bool []: whether all logits used were finite.
     """
     model = nnx.merge(graphdef, state)
-    batch, tokens = input_ids.shape
+    batch = input_ids.shape[0]
     cache = model.init_cache(batch, cache_length)
-    positions = jnp.broadcast_to(jnp.arange(tokens), input_ids.shape)
-    hidden, cache = model.hidden(input_ids, positions, cache, fresh=True)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    last, cache = read_prompts(model, input_ids, lengths, cache)
     logits = model.logits(last)
     seen = _mark_prompt(input_ids, lengths, logits.shape[-1]) if how.penalty else None
     none = jnp.zeros(batch, jnp.int32)

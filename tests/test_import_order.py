@@ -40,6 +40,7 @@ ORDER = (
     "checkpoint",
     "sampling",
     "speculate",
+    "prompts",
     "decode",
     "request",
     "result",
