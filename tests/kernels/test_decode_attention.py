@@ -19,7 +19,7 @@ from qjax_kernels.decode_attention import api, mosaic, narrow, places, strips, t
 from qjax_kernels.decode_attention import xla as xla_kernel
 from qjax_kernels.decode_attention.config import SHARED_MEMORY, Config, candidates
 from qjax_kernels.decode_attention.operands import Operands
-from qjax_kernels.decode_attention.problem import Problem
+from qjax_kernels.decode_attention.problem import Buffers, Problem
 from qjax_kernels.decode_attention.schedule import Schedule
 from qjax_kernels.quantize_rows.api import quantize_rows
 
@@ -725,3 +725,21 @@ def test_the_default_runs_anywhere():
         )
 
     case.check(default)
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+@pytest.mark.parametrize(("columns", "head_dim"), [(8, 64), (8, 112), (16, 80), (24, 256)])
+def test_what_is_copied_begins_at_128_bytes(columns, head_dim, cache):
+    """Elsewhere the copy engine raises an illegal instruction, which the interpreter does not."""
+    operands = Operands(
+        tokens=64, head_dim=head_dim, columns=columns,
+        cache=np.dtype(cache), query=np.dtype("bfloat16"),
+    )  # fmt: skip
+    problem = Problem(
+        operands=operands, batch=1, heads=columns, kv_heads=1, page_size=64, pages=1,
+        scale=1.0, window=None, soft_cap=None, out=np.dtype("bfloat16"),
+    )  # fmt: skip
+    scratch = Buffers.scratch(problem, 2, 3, slopes=True)
+    for name, outer in (("raw_queries", 1), ("slopes", 1), ("keys", 2), ("values", 2)):
+        shared = scratch[name]
+        assert np.prod(shared.shape[outer:]) * np.dtype(shared.dtype).itemsize % 128 == 0, name

@@ -52,7 +52,7 @@ class Attention:
             source = self.inputs.queries.at[run.sequence, heads]
             plgpu.copy_gmem_to_smem(source, buffers.raw_queries.at[self.index], there)
             if buffers.slopes is not None:
-                slopes = buffers.slopes.at[self.index]
+                slopes = self._slopes()
                 source = self.inputs.slopes.at[heads]  # type: ignore[union-attr]
                 plgpu.copy_gmem_to_smem(source, slopes, there)
 
@@ -62,6 +62,11 @@ class Attention:
             def _(slot: int = slot, step: jax.Array = step) -> None:
                 self._fetch(run, step, pages[slot], slot, keys=True)
                 self._fetch(run, step, pages[slot], slot, keys=False)
+
+    def _slopes(self) -> Ref:
+        """Of the queries of this warpgroup's KV head."""
+        columns = pl.ds(0, self.problem.operands.columns)
+        return self.buffers.slopes.at[self.index, columns]  # type: ignore[union-attr]
 
     def of_head(self, scale: Ref | None, head: jax.Array) -> jax.Array | None:
         """The number of a KV head, or the one that there is for all; asked for here."""
@@ -204,7 +209,7 @@ class Attention:
             scores = 1.0 - 2.0 / (jnp.exp2(2.0 * scores) + 1.0)
             scores = scores * (problem.soft_cap * LOG2_E)
         if self.buffers.slopes is not None:
-            slopes = plgpu.load(self.buffers.slopes.at[self.index], layout=layout.reduce(0))
+            slopes = plgpu.load(self._slopes(), layout=layout.reduce(0))
             distances = (positions - (run.length - 1)).astype(jnp.float32)
             scores = scores + distances * _down(slopes * LOG2_E, scores)
         seen = positions < run.length

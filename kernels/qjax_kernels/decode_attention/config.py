@@ -50,7 +50,7 @@ class Config:
         features = math.ceil(head_dim / 64) * 64
         values = head_dim if itemsize == 1 else features
         # Queries twice, weights, slopes, reductions; keys, values.
-        buffers = [2 * columns * head_dim] * 2 + [2 * columns * self.tokens, 4 * columns]
+        buffers = [2 * columns * head_dim] * 2 + [2 * columns * self.tokens, 4 * max(32, columns)]
         buffers.append(4 * scratch_floats(columns))
         buffers += [self.stages * self.tokens * itemsize * width for width in (head_dim, values)]
         buffers = [self.warpgroups * n for n in buffers]

@@ -110,7 +110,9 @@ class Buffers:
             "queries_there": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=1 + slopes),
         }
         if slopes:
-            shapes["slopes"] = plgpu.SMEM((warpgroups, operands.columns), jnp.float32)
+            # The copy engine begins at 128 bytes; elsewhere it is an illegal instruction.
+            columns = -(-operands.columns // 32) * 32
+            shapes["slopes"] = plgpu.SMEM((warpgroups, columns), jnp.float32)
         return shapes
 
 
