@@ -13,15 +13,17 @@ from qjax_kernels.glu_quant.config import Config, candidates
 
 
 def compile_glu(rows, features, config, *, capability=90, activation="silu", out="float8_e4m3fn",
-                sums=False, static=False):  # fmt: skip
+                sums=False, static=False, gated=True, more=0):  # fmt: skip
     (kernel,) = ptx.compile_triton(
         triton.glu_quant,
-        jax.ShapeDtypeStruct((rows, 2 * features), jnp.bfloat16),
+        jax.ShapeDtypeStruct((rows, more + (2 if gated else 1) * features), jnp.bfloat16),
         jax.ShapeDtypeStruct((), jnp.float32) if static else None,
         capability=capability,
         activation=activation,
         out_dtype=jnp.dtype(out),
         group_sums=sums,
+        gated=gated,
+        features=features,
         config=config,
     )
     return kernel
@@ -61,6 +63,17 @@ def test_variants():
         {"activation": "gelu_tanh"},
     ):
         assert compile_glu(64, 4096, Config(16), **kwargs).spills == 0
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "quick_gelu"])
+def test_without_a_gate(activation):
+    """GPT-J's, behind the queries, keys and values of one product."""
+    for static in (False, True):
+        config = candidates(1, 16384)[0]
+        kernel = compile_glu(1, 16384, config, activation=activation, gated=False, more=12288,
+                             static=static)  # fmt: skip
+        assert kernel.spills == 0
+        assert re.search(r"ld\.global\S*\.v4\.b32", kernel.ptx)
 
 
 def test_rows_that_start_anywhere_are_not_loaded_as_vectors():

@@ -13,21 +13,24 @@ from qjax_kernels.rope_cache.config import Config, candidates
 MODELS = [(32, 8, 128), (32, 32, 128), (16, 2, 128), (16, 16, 256), (28, 4, 128)]
 
 
-def operands(tokens, heads, kv_heads, head_dim, kv, make, half=None):
+def operands(tokens, heads, kv_heads, head_dim, kv, make, half=None, more=0):
     half = head_dim // 2 if half is None else half
     pages = make((512, kv_heads, 64, head_dim), jnp.dtype(kv))
     angles = make((tokens, half), jnp.dtype("float32"))
     index = make((tokens,), jnp.dtype("int32"))
     scale = make((), jnp.dtype("float32")) if pages.dtype.itemsize == 1 else None
-    qkv = make((tokens, (heads + 2 * kv_heads) * head_dim), jnp.dtype("bfloat16"))
+    qkv = make((tokens, (heads + 2 * kv_heads) * head_dim + more), jnp.dtype("bfloat16"))
     return qkv, angles, angles, pages, pages, index, index, scale, scale
 
 
 def compile_rope(tokens, model, kv, config, *, capability=90, half=None, interleaved=False,
-                 with_kv=False):  # fmt: skip
+                 with_kv=False, more=0, norms=False):  # fmt: skip
+    weight = jax.ShapeDtypeStruct((model[2],), jnp.bfloat16) if norms else None
     (kernel,) = ptx.compile_triton(
         triton.rope_cache,
-        *operands(tokens, *model, kv, jax.ShapeDtypeStruct, half),
+        *operands(tokens, *model, kv, jax.ShapeDtypeStruct, half, more),
+        weight,
+        weight,
         capability=capability,
         heads=model[0],
         interleaved=interleaved,
@@ -72,6 +75,28 @@ def test_partial_and_interleaved_rotation(head_dim, half, interleaved):
         config = candidates(tokens, *model)[0]
         kernel = compile_rope(tokens, model, "int8", config, half=half, interleaved=interleaved)
         assert kernel.spills == 0
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "int8"])
+def test_no_rotation_and_columns_behind_the_heads(kv):
+    """MPT's and GPT-J's: what is not read costs nothing."""
+    for model, half in (((64, 64, 112), 0), ((16, 16, 256), 32)):
+        config = candidates(1, *model)[0]
+        kernel = compile_rope(1, model, kv, config, half=half, more=16384)
+        assert kernel.spills == 0
+        assert "ld.global.v4.b32" in kernel.ptx
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "int8"])
+@pytest.mark.parametrize("tokens", [1, 8192])
+def test_norms_of_heads(tokens, kv):
+    """Qwen3-8B's and Gemma-3-12B's."""
+    for model in ((32, 8, 128), (16, 8, 256)):
+        for config in candidates(tokens, *model):
+            kernel = compile_rope(tokens, model, kv, config, norms=True)
+            assert kernel.spills == 0
+            assert "ld.global.v4.b32" in kernel.ptx
+            assert "rsqrt.approx" in kernel.ptx
 
 
 def test_donated_pages_are_not_copied():

@@ -45,6 +45,16 @@ def oracle(x, activation):
     return y * up, np.abs(gate * up) * UNIT * (8 + 4 * argument)
 
 
+def ungated(x, activation):
+    """y and how far float32 may be off, of an activation that no other number multiplies."""
+    if activation == "relu":
+        return np.maximum(x, 0), np.zeros_like(x)
+    if activation == "quick_gelu":  # silu of 1.702 x, whose rounding is doubled to hold one more
+        y, slack = oracle(np.concatenate([1.702 * x, np.ones_like(x)], axis=-1), "silu")
+        return y / 1.702, slack / 1.702 * 2
+    return oracle(np.concatenate([x, np.ones_like(x)], axis=-1), activation)
+
+
 def check(run, x, activation="silu", *, out="int8", static=None, sums=False, dtype="bfloat16",
           config=None):  # fmt: skip
     extra = {} if config is None else {"config": config}
@@ -73,6 +83,35 @@ def check(run, x, activation="silu", *, out="int8", static=None, sums=False, dty
 @implementations
 def test_every_output(run, activation, out):
     check(run, rows(1, 5, 640), activation, out=out, sums=True)
+
+
+@pytest.mark.parametrize("out", ["int8", "float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "relu", "quick_gelu"])
+@implementations
+def test_without_a_gate(run, activation, out):
+    """Of the last columns: those in front belong to others."""
+    x = np.split(rows(8, 5, 640), 2, axis=-1)[0]
+    wide = np.concatenate([np.full((5, 72), np.nan), x], axis=-1)
+    for static in (None,) if out == "bfloat16" else (None, np.float32(2.0**-6)):
+        result = run(
+            jnp.asarray(wide, "bfloat16"),
+            None if static is None else jnp.float32(static),
+            activation=activation, gated=False, features=640, out_dtype=jnp.dtype(out),
+            group_sums=False,
+        )  # fmt: skip
+        scale = None if result.scale is None else np.asarray(result.scale)
+        row_oracles.check(np.asarray(result.values), scale, *ungated(x, activation), static)
+
+
+@implementations
+def test_columns_in_front_of_a_gate_are_not_read(run):
+    x = rows(9, 3, 256)
+    wide = jnp.asarray(np.concatenate([np.full((3, 200), np.nan), x], axis=-1), "bfloat16")
+    kwargs = {"activation": "silu", "out_dtype": jnp.dtype("int8"), "group_sums": True}
+    expected = run(jnp.asarray(x, "bfloat16"), None, **kwargs)
+    got = run(wide, None, features=256, **kwargs)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("out", ["int8", "float8_e4m3fn"])
@@ -152,6 +191,8 @@ def test_what_does_not_fit_together_is_refused():
     x = jnp.ones((2, 100), jnp.bfloat16)
     for message, kwargs in (
         ("activation", {"activation": "relu"}),
+        ("activation", {"activation": "tanh", "gated": False}),
+        ("need 102 columns", {"features": 51}),
         ("multiple of 128", {"group_sums": True}),
         ("writes", {"out_dtype": jnp.int4}),
         ("scale", {"scale": jnp.ones(3), "out_dtype": jnp.int8}),

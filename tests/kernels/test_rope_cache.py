@@ -33,6 +33,7 @@ class Case:
         places = rng.permutation(pages * page_size)[:tokens]
         self.page = np.asarray(places // page_size, np.int32)
         self.slot = np.asarray(places % page_size, np.int32)
+        self.norms = {}
         self.scales = [None, None]
         if jnp.dtype(kv).itemsize == 1:
             count = () if scales == "one" else (kv_heads,)
@@ -45,15 +46,16 @@ class Case:
         return run(
             self.qkv, self.cos, self.sin, *self.old, jnp.asarray(self.page),
             jnp.asarray(self.slot), *self.scales,
-            heads=self.heads, interleaved=interleaved, with_kv=with_kv, **extra,
+            heads=self.heads, interleaved=interleaved, with_kv=with_kv, **self.norms, **extra,
         )  # fmt: skip
 
     def rotated(self, interleaved):
         """q, k, v in float64, and how far float32 may be off."""
         x = np.asarray(self.qkv, np.float64).reshape(len(self.page), -1, self.head_dim)
-        y, slack = x.copy(), np.zeros_like(x)
         half = self.cos.shape[-1]
         turned = self.heads + self.kv_heads
+        x, error = self.normalized(x)
+        y, slack = x.copy(), error * np.abs(x)
         for i in range(half):
             a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
             cos, sin = (np.asarray(t, np.float64)[:, None, i] for t in (self.cos, self.sin))
@@ -61,9 +63,33 @@ class Case:
                 terms = [x[:, :turned, at] * by for at, by in (first, second)]
                 y[:, :turned, to] = sum(terms)
                 # Two products and a sum, with or without a fused multiply-add.
-                slack[:, :turned, to] = 2 * UNIT * sum(map(np.abs, terms))
+                rounded = 2 * UNIT + error[:, :turned, 0]
+                slack[:, :turned, to] = rounded * sum(map(np.abs, terms))
         parts = np.split(np.arange(x.shape[1]), [self.heads, turned])
         return [(y[:, part], slack[:, part]) for part in parts]
+
+    def with_norms(self, eps=1e-3, offset=0.0, seed=1):
+        rng = np.random.default_rng(seed)
+        weights = (jnp.asarray(rng.normal(size=self.head_dim), jnp.bfloat16) for _ in range(2))
+        names = zip(("q_norm", "k_norm"), weights, strict=True)
+        self.norms = {**dict(names), "eps": eps, "weight_offset": offset}
+        return self
+
+    def normalized(self, x):
+        """Heads of queries and keys behind their norms, and the relative error of float32."""
+        error = np.zeros((*x.shape[:2], 1))
+        if not self.norms:
+            return x, error
+        x, at = x.copy(), 0
+        for name, heads in (("q_norm", self.heads), ("k_norm", self.kv_heads)):
+            part = x[:, at : at + heads]
+            inverse = 1 / np.sqrt(np.square(part).mean(-1, keepdims=True) + self.norms["eps"])
+            weight = np.asarray(self.norms[name], np.float64) + self.norms["weight_offset"]
+            x[:, at : at + heads] = part * inverse * weight
+            # Half of the error of a sum of head_dim squares, and a few operations.
+            error[:, at : at + heads] = UNIT * (self.head_dim / 2 + 8)
+            at += heads
+        return x, error
 
     def check(self, run, interleaved=False, with_kv=False, **extra):
         result = self.call(run, interleaved, with_kv, **extra)
@@ -123,6 +149,44 @@ def test_head_dims_and_partial_rotation(run, head_dim, rotary, interleaved):
 @implementations
 def test_head_counts(run, heads, kv_heads, tokens):
     Case(tokens, heads, kv_heads, 16, pages=20).check(run)
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "int8"])
+@implementations
+def test_no_rotation(run, kv):
+    """Tables without columns: queries, keys and values go to their places as they are."""
+    result = Case(3, rotary=0, kv=kv).check(run, with_kv=True)
+    x = np.asarray(Case(3, rotary=0).qkv).reshape(3, 8, 32)
+    np.testing.assert_array_equal(np.asarray(result.q), x[:, :4])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary"), [(32, 32), (80, 32), (48, 0), (256, 256)])
+@implementations
+def test_norms_of_heads(run, head_dim, rotary, interleaved):
+    """Values are left as they are."""
+    offset = 0.0 if interleaved else 1.0
+    case = Case(5, 4, 2, head_dim, rotary, kv="bfloat16").with_norms(offset=offset)
+    case.check(run, interleaved, with_kv=True)
+    Case(5, 4, 2, head_dim, rotary, kv="int8").with_norms().check(run, interleaved)
+
+
+@pytest.mark.parametrize("more", [40, 320])
+@implementations
+def test_columns_behind_the_heads_are_not_read(run, more):
+    """Those of a product that has more than queries, keys and values to give."""
+    case = Case(kv="float8_e4m3fn")
+    expected = case.call(run)
+    case.qkv = jnp.concatenate([case.qkv, jnp.full((7, more), jnp.nan, jnp.bfloat16)], axis=1)
+    got = case.call(run)
+    for a, b in zip(got[:3], expected[:3], strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    arguments = (case.cos, case.sin, *case.old, jnp.asarray(case.page), jnp.asarray(case.slot))
+    scales = {"k_scale": case.scales[0], "v_scale": case.scales[1]}
+    q = rope_cache(case.qkv, *arguments, heads=4, **scales).q
+    np.testing.assert_array_equal(np.asarray(q), np.asarray(case.call(xla.rope_cache).q))
+    with pytest.raises(ValueError, match="qkv is"):
+        rope_cache(case.qkv, *arguments, heads=400, **scales)
 
 
 @implementations
@@ -205,6 +269,8 @@ def test_what_does_not_fit_together_is_refused():
         ("k_scale is missing", {"k_scale": None}),
         ("v_scale is given", {"v_pages": case.old[1].astype(jnp.bfloat16)}),
         ("v_scale is", {"v_scale": jnp.ones(3)}),
+        ("q_norm, k_norm", {"q_norm": jnp.ones(32)}),
+        ("q_norm, k_norm", {"q_norm": jnp.ones(32), "k_norm": jnp.ones(16)}),
     ):
         with pytest.raises(ValueError, match=message):
             rope_cache(**(arguments | change))

@@ -1,1 +1,1 @@
-"""Gated linear units and quantization of their result."""
+"""Activations, gated or not, and quantization of their result."""

@@ -14,7 +14,12 @@ MODULE = "qjax_kernels.glu_quant.triton_kernel"
 VECTORS_APART = 2  # of a thread, where blocks may share a row
 
 
-@partial(jax.jit, static_argnames=("activation", "out_dtype", "group_sums", "config", "interpret"))
+@partial(
+    jax.jit,
+    static_argnames=(
+        "activation", "gated", "features", "out_dtype", "group_sums", "config", "interpret"
+    ),
+)  # fmt: skip
 def glu_quant(
     x: jax.Array,
     scale: jax.Array | None,
@@ -22,6 +27,8 @@ def glu_quant(
     activation: str,
     out_dtype: jnp.dtype,
     group_sums: bool,
+    gated: bool = True,
+    features: int | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Glu:
@@ -30,14 +37,15 @@ def glu_quant(
     Raises:
       NotImplementedError: rows longer than MOST_FEATURES, or none; no GPU that Triton compiles for.
     """
-    features = x.shape[-1] // 2
+    read = 2 if gated else 1
+    features = x.shape[-1] // read if features is None else features
     if features > MOST_FEATURES:
         raise NotImplementedError(f"rows have {features} elements; at most {MOST_FEATURES}")
     if not interpret:
         triton_launch.require_capability(fp8=out_dtype == jnp.float8_e4m3fn)
     if x.size == 0:
         raise NotImplementedError("there are no rows")
-    rows = x.size // (2 * features)
+    rows = x.size // x.shape[-1]
     dynamic = out_dtype in RANGES and scale is None
     if config is None:
         config = candidates(rows, features)[0]
@@ -65,6 +73,9 @@ def glu_quant(
         num_warps=config.warps,
         interpret=interpret,
         FEATURES=features,
+        WIDTH=x.shape[-1],
+        FIRST=x.shape[-1] - features * read,
+        GATED=gated,
         ROWS=config.rows,
         CHUNK=config.chunk,
         CHUNKS=chunks,

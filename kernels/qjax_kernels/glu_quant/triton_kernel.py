@@ -1,4 +1,5 @@
-"""activation(gate) * up of a row, or of a part of it where no scale needs the whole row."""
+"""activation(gate) * up, or an activation alone, of a row or of a part of it where no scale needs
+the whole row."""
 
 # Triton's language: neither typed nor all of Python (no starred expressions).
 # mypy: ignore-errors
@@ -16,6 +17,10 @@ def _activation(x, NAME: tl.constexpr):
         return x * logistic(x)
     elif NAME == "gelu":
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "relu":
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif NAME == "quick_gelu":
+        return x * logistic(1.702 * x)
     else:  # gelu_tanh: (1 + tanh(z)) / 2 is the logistic function of 2 z
         return x * logistic(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
@@ -29,6 +34,9 @@ def glu(
     scale,
     sums,
     FEATURES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    GATED: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -37,9 +45,11 @@ def glu(
     QUANTIZE: tl.constexpr,
 ):
     """A block takes ROWS rows and CHUNKS * CHUNK columns of the result; the whole row if QUANTIZE
-    (which is 'none', 'per_token' or 'static') is 'per_token'."""
+    (which is 'none', 'per_token' or 'static') is 'per_token'. Rows of x have WIDTH columns, which
+    are read from FIRST on."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     base = row.to(tl.int64) * FEATURES
+    source = x + row.to(tl.int64) * WIDTH + FIRST
     first = tl.program_id(1) * CHUNKS
     column = tl.arange(0, CHUNK)[None, :]
 
@@ -48,16 +58,20 @@ def glu(
     for c in tl.static_range(CHUNKS):
         at = (first + c) * CHUNK + column
         here = (row < rows) & (at < FEATURES)
-        gate = tl.load(x + 2 * base + at, mask=here, other=0.0, eviction_policy="evict_first")
-        up = tl.load(
-            x + 2 * base + (FEATURES + at), mask=here, other=0.0, eviction_policy="evict_first"
-        )
+        gate = tl.load(source + at, mask=here, other=0.0, eviction_policy="evict_first")
+        up = gate
+        if GATED:
+            up = tl.load(
+                source + (FEATURES + at), mask=here, other=0.0, eviction_policy="evict_first"
+            )
         loaded = loaded + ((gate, up),)
 
     largest = tl.zeros([ROWS, CHUNK], tl.float32)
     results = ()
     for c in tl.static_range(CHUNKS):
-        y = _activation(loaded[c][0].to(tl.float32), ACTIVATION) * loaded[c][1].to(tl.float32)
+        y = _activation(loaded[c][0].to(tl.float32), ACTIVATION)
+        if GATED:
+            y *= loaded[c][1].to(tl.float32)
         largest = tl.maximum(largest, tl.abs(y))
         results = results + (y,)
 

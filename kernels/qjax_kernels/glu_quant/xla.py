@@ -14,9 +14,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
+# What stands without a gate; quick_gelu is CLIP's.
+UNGATED = ACTIVATIONS | {
+    "relu": jax.nn.relu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
-@partial(jax.jit, static_argnames=("activation", "out_dtype", "group_sums"))
+@partial(jax.jit, static_argnames=("activation", "gated", "features", "out_dtype", "group_sums"))
 def glu_quant(
     x: jax.Array,
     scale: jax.Array | None,
@@ -24,7 +29,16 @@ def glu_quant(
     activation: str,
     out_dtype: jnp.dtype,
     group_sums: bool,
+    gated: bool = True,
+    features: int | None = None,
 ) -> Glu:
     """See `api.glu_quant`."""
-    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return Glu(*quantize_rows(ACTIVATIONS[activation](gate) * up, out_dtype, scale, group_sums))
+    if features is not None:
+        x = x[..., x.shape[-1] - features * (2 if gated else 1) :]
+    x = x.astype(jnp.float32)
+    if gated:
+        gate, up = jnp.split(x, 2, axis=-1)
+        y = ACTIVATIONS[activation](gate) * up
+    else:
+        y = UNGATED[activation](x)
+    return Glu(*quantize_rows(y, out_dtype, scale, group_sums))

@@ -24,12 +24,19 @@ def rope_cache(
     *,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
+    eps: float = 0.0,
+    weight_offset: float = 0.0,
+    heads: int | None = None,
     interleaved: bool = False,
     with_kv: bool = False,
     implementation: str | None = None,
 ) -> RopeCache:
     """Rotate queries and keys, and write keys and values into the pages, in place if donated.
 
+    With norms, arXiv:1910.07467 of each head of queries and keys comes first:
+    x[i] = h[i] / sqrt(mean(h^2) + eps) * (weight_offset + norm[i])
     y[i] = x[i] cos[i] - x[i + r/2] sin[i],  y[i + r/2] = x[i + r/2] cos[i] + x[i] sin[i]
     for i < r/2, or, interleaved, the same of x[2i] and x[2i + 1]; arXiv:2104.09864
     k_pages[page[t], h, slot[t]] = round(k[t, h] / k_scale), half to even, clipped; likewise v
@@ -39,12 +46,16 @@ def rope_cache(
 
     Args:
       qkv: [tokens, (heads + 2 * kv_heads) * head_dim], bfloat16, float16 or float32: all query
-        heads, then all key heads, then all value heads.
-      cos, sin: float32 [tokens, r/2], of the angle of each token's position.
+        heads, then all key heads, then all value heads; with `heads`, then anything.
+      cos, sin: float32 [tokens, r/2], of the angle of each token's position; r may be 0.
       k_pages, v_pages: [pages, kv_heads, page_size, head_dim], floats, float8_e4m3fn or int8.
       page, slot: int32 [tokens], where each token goes: no two tokens to one place, slot below
         page_size. A page of -1, or past the last, is not written.
       k_scale, v_scale: float32 [] or [kv_heads], for pages in 8 bits and only for those.
+      q_norm, k_norm: [head_dim], the weights of the norms, or None for both: there are no norms.
+      eps, weight_offset: of the norms; see `norm_quant`.
+      heads: of queries, where qkv has columns that are not read behind the values; None: it has
+        none.
       interleaved: rotate neighbours (GPT-J) instead of halves (Llama).
       with_kv: also return the new keys and values, for attention over a prompt.
       implementation: a name of IMPLEMENTATIONS; None: the first that takes the call.
@@ -52,7 +63,7 @@ def rope_cache(
     Raises:
       ValueError: shapes or dtypes that do not fit together.
     """
-    heads = _check(qkv, cos, sin, k_pages, v_pages, page, slot)
+    heads = _check(qkv, cos, sin, k_pages, v_pages, page, slot, heads)
     for name, scale, pages in (("k", k_scale, k_pages), ("v", v_scale, v_pages)):
         if (scale is not None) != (pages.dtype in RANGES):
             raise ValueError(
@@ -61,6 +72,9 @@ def rope_cache(
             )
         if scale is not None and scale.shape not in ((), pages.shape[1:2]):
             raise ValueError(f"{name}_scale is {scale.shape}; it must be () or {pages.shape[1:2]}")
+    norms = [None if w is None else w.shape for w in (q_norm, k_norm)]
+    if norms not in ([None, None], [k_pages.shape[3:]] * 2):
+        raise ValueError(f"q_norm, k_norm: {norms}; both must be {k_pages.shape[3:]}, or None")
     result: Any = dispatch(
         "rope_cache",
         cast(Any, IMPLEMENTATIONS),
@@ -74,6 +88,10 @@ def rope_cache(
         slot,
         k_scale,
         v_scale,
+        q_norm,
+        k_norm,
+        eps=float(eps),
+        weight_offset=float(weight_offset),
         heads=heads,
         interleaved=interleaved,
         with_kv=with_kv,
@@ -89,6 +107,7 @@ def _check(
     v_pages: jax.Array,
     page: jax.Array,
     slot: jax.Array,
+    heads: int | None,
 ) -> int:
     """The number of query heads, or a ValueError."""
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
@@ -97,8 +116,10 @@ def _check(
         if pages.dtype not in RANGES and pages.dtype not in FLOATS:
             raise ValueError(f"pages are {pages.dtype}; rope_cache writes floats, fp8 e4m3 or int8")
     _, kv_heads, _, head_dim = k_pages.shape
-    heads = qkv.shape[-1] // head_dim - 2 * kv_heads
-    if qkv.dtype not in FLOATS or qkv.shape[-1] % head_dim or heads < 1:
+    width, known = qkv.shape[-1], heads is not None
+    heads = width // head_dim - 2 * kv_heads if heads is None else heads
+    fits = (heads + 2 * kv_heads) * head_dim <= width and (known or width % head_dim == 0)
+    if qkv.dtype not in FLOATS or not fits or heads < 1:
         raise ValueError(
             f"qkv is {qkv.dtype}{qkv.shape}; with {kv_heads} key heads of {head_dim} it must be "
             f"floats [tokens, (heads + {2 * kv_heads}) * {head_dim}]"

@@ -13,7 +13,12 @@ MODULE = "qjax_kernels.rope_cache.triton_kernel"
 K_PAGES, V_PAGES = 3, 4  # arguments that outputs 1 and 2 share the memory of
 
 
-@partial(jax.jit, static_argnames=("heads", "interleaved", "with_kv", "config", "interpret"))
+@partial(
+    jax.jit,
+    static_argnames=(
+        "heads", "interleaved", "with_kv", "eps", "weight_offset", "config", "interpret"
+    ),
+)  # fmt: skip
 def rope_cache(
     qkv: jax.Array,
     cos: jax.Array,
@@ -24,10 +29,14 @@ def rope_cache(
     slot: jax.Array,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
     *,
     heads: int,
     interleaved: bool,
     with_kv: bool,
+    eps: float = 0.0,
+    weight_offset: float = 0.0,
     config: Config | None = None,
     interpret: bool = False,
 ) -> RopeCache:
@@ -45,6 +54,8 @@ def rope_cache(
     pages, kv_heads, page_size, head_dim = k_pages.shape
     if config is None:
         config = candidates(tokens, heads, kv_heads, head_dim)[0]
+    if half == 0:
+        cos = sin = page  # which are not read; an array without elements has no address
     blocks = (heads + 2 * kv_heads) // config.heads
 
     shape = jax.ShapeDtypeStruct
@@ -61,6 +72,8 @@ def rope_cache(
         slot,
         cos if k_scale is None else k_scale,
         cos if v_scale is None else v_scale,
+        page if q_norm is None else q_norm,
+        page if k_norm is None else k_norm,
         tokens,
         pages,
         outputs=[
@@ -74,17 +87,21 @@ def rope_cache(
         num_warps=config.warps,
         aliases={K_PAGES: 1, V_PAGES: 2},
         interpret=interpret,
+        WIDTH=qkv.shape[-1],
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         ROTARY=2 * half,
-        WIDTH=_power_of_two(half),
+        TURNED=_power_of_two(half),
         REST=_power_of_two(head_dim - 2 * half),
         BLOCK_HEADS=config.heads,
         BLOCK_TOKENS=config.tokens,
         INTERLEAVED=interleaved,
         WITH_KV=with_kv,
+        HAS_NORMS=q_norm is not None,
+        EPS=eps,
+        OFFSET=weight_offset,
         K_SCALES=1 if k_scale is None else k_scale.size,
         V_SCALES=1 if v_scale is None else v_scale.size,
     )

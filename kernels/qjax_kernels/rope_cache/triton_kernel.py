@@ -1,4 +1,5 @@
-"""Some heads of some tokens by one block: read once, rotated, rounded, written to their place."""
+"""Some heads of some tokens by one block: read once, normalized, rotated, rounded, written to their
+place."""
 
 # Triton's language: neither typed nor all of Python (no starred expressions).
 # mypy: ignore-errors
@@ -16,6 +17,35 @@ def _put(target, x, scale, mask):
     if dtype.primitive_bitwidth == 8:
         x = quantized(tl.div_rn(x, tl.broadcast_to(scale, x.shape)), dtype, True)
     tl.store(target, x.to(dtype), mask=mask)
+
+
+@triton.jit
+def _heads(
+    source,
+    here,
+    ROTARY: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Heads, [rows, 1] pointers to which are `source`, in three parts: of each pair that is rotated
+    the first and the second number, and what is not rotated (any numbers if that is nothing)."""
+    HALF: tl.constexpr = ROTARY // 2
+    if INTERLEAVED:
+        pair = tl.arange(0, 2 * TURNED)[None, :]
+        both = tl.load(source + pair, mask=here & (pair < ROTARY), other=0.0)
+        first, second = tl.split(tl.reshape(both, [source.shape[0], TURNED, 2]))
+    else:
+        column = tl.arange(0, TURNED)[None, :]
+        mask = here & (column < HALF)
+        first = tl.load(source + column, mask=mask, other=0.0)
+        second = tl.load(source + (HALF + column), mask=mask, other=0.0)
+    rest = first
+    if ROTARY < HEAD_DIM:
+        column = ROTARY + tl.arange(0, REST)[None, :]
+        rest = tl.load(source + column, mask=here & (column < HEAD_DIM), other=0.0)
+    return first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
 
 
 @triton.jit
@@ -57,6 +87,8 @@ def rope_cache(
     slot,
     k_scale,
     v_scale,
+    q_norm,
+    k_norm,
     tokens,
     pages,
     q,
@@ -64,23 +96,28 @@ def rope_cache(
     v_pages,
     k,
     v,
+    WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ROTARY: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TURNED: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     WITH_KV: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
     K_SCALES: tl.constexpr,
     V_SCALES: tl.constexpr,
 ):
     """Arguments to `slot` .. `pages` are inputs, then outputs; the new pages are the old memory.
 
-    WIDTH and REST: powers of two that cover half of the rotated dims, and the dims that are not.
+    WIDTH: of rows of qkv, which may have columns behind the heads. TURNED and REST: powers of two
+    that cover half of the rotated dims, and the dims that are not rotated.
     K_SCALES, V_SCALES: how many scales there are, one or one for each head.
     """
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
@@ -91,31 +128,31 @@ def rope_cache(
     token = (tl.program_id(0) // BLOCKS) * BLOCK_TOKENS + row // BLOCK_HEADS
     head = block * BLOCK_HEADS + row % BLOCK_HEADS
     here = token < tokens
-    source = qkv + (token.to(tl.int64) * ALL + head) * HEAD_DIM
+    source = qkv + token.to(tl.int64) * WIDTH + head * HEAD_DIM
 
-    column = tl.arange(0, WIDTH)[None, :]
+    first, second, rest = _heads(source, here, ROTARY, HEAD_DIM, TURNED, REST, INTERLEAVED)
+    column = tl.arange(0, TURNED)[None, :]
     mask = here & (column < HALF)
-    if INTERLEAVED:
-        pair = tl.arange(0, 2 * WIDTH)[None, :]
-        both = tl.load(source + pair, mask=here & (pair < ROTARY), other=0.0)
-        both = tl.reshape(both, [BLOCK_TOKENS * BLOCK_HEADS, WIDTH, 2])
-        first, second = tl.split(both)
-    else:
-        first = tl.load(source + column, mask=mask, other=0.0)
-        second = tl.load(source + (HALF + column), mask=mask, other=0.0)
-    rest = first
-    if ROTARY < HEAD_DIM:
-        other = ROTARY + tl.arange(0, REST)[None, :]
-        rest = tl.load(source + other, mask=here & (other < HEAD_DIM), other=0.0)
     c = tl.load(cos + token * HALF + column, mask=mask, other=0.0)
     s = tl.load(sin + token * HALF + column, mask=mask, other=0.0)
     at_page = tl.load(page + token, mask=here, other=-1)
     at_slot = tl.load(slot + token, mask=here, other=0)
 
-    first = first.to(tl.float32)
-    second = second.to(tl.float32)
-    rest = rest.to(tl.float32)
     is_value = head >= HEADS + KV_HEADS
+    if HAS_NORMS:
+        total = tl.sum(first * first + second * second, axis=1, keep_dims=True)
+        if ROTARY < HEAD_DIM:
+            total += tl.sum(rest * rest, axis=1, keep_dims=True)
+        factor = tl.rsqrt(total / HEAD_DIM + EPS)
+        # Blocks have heads of one kind; those of values take no notice.
+        weight = k_norm
+        if block * BLOCK_HEADS < HEADS:
+            weight = q_norm
+        one = tl.zeros([1, 1], tl.int32)
+        parts = _heads(weight + one, one == 0, ROTARY, HEAD_DIM, TURNED, REST, INTERLEAVED)
+        first = tl.where(is_value, first, first * factor * (parts[0] + OFFSET))
+        second = tl.where(is_value, second, second * factor * (parts[1] + OFFSET))
+        rest = tl.where(is_value, rest, rest * factor * (parts[2] + OFFSET))
     # Not by cos 1 and sin 0: infinities would become NaN.
     new_first = tl.where(is_value, first, first * c - second * s)
     new_second = tl.where(is_value, second, second * c + first * s)

@@ -9,7 +9,7 @@ from qjax_kernels.rope_cache.result import RopeCache
 from qjax_kernels.row_quant import quantize_rows
 
 
-@partial(jax.jit, static_argnames=("heads", "interleaved", "with_kv"))
+@partial(jax.jit, static_argnames=("heads", "interleaved", "with_kv", "eps", "weight_offset"))
 def rope_cache(
     qkv: jax.Array,
     cos: jax.Array,
@@ -20,16 +20,23 @@ def rope_cache(
     slot: jax.Array,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
     *,
     heads: int,
     interleaved: bool,
     with_kv: bool,
+    eps: float = 0.0,
+    weight_offset: float = 0.0,
 ) -> RopeCache:
     """See `api.rope_cache`."""
     pages, kv_heads, _, head_dim = k_pages.shape
+    qkv = qkv[:, : (heads + 2 * kv_heads) * head_dim]
     fused = qkv.astype(jnp.float32).reshape(-1, heads + 2 * kv_heads, head_dim)
-    q = _rotate(fused[:, :heads], cos, sin, interleaved)
-    k = _rotate(fused[:, heads : heads + kv_heads], cos, sin, interleaved)
+    q, k = fused[:, :heads], fused[:, heads : heads + kv_heads]
+    if q_norm is not None and k_norm is not None:
+        q, k = (_normed(x, w, eps, weight_offset) for x, w in ((q, q_norm), (k, k_norm)))
+    q, k = (_rotate(x, cos, sin, interleaved) for x in (q, k))
     v = fused[:, heads + kv_heads :]
     # A negative index would count from the end; one past it is dropped.
     page = jnp.where(page < 0, pages, page)
@@ -47,6 +54,12 @@ def rope_cache(
         k.astype(qkv.dtype) if with_kv else None,
         v.astype(qkv.dtype) if with_kv else None,
     )
+
+
+def _normed(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
+    """RMSNorm of float32 [..., head_dim]."""
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return x * inverse * (weight.astype(jnp.float32) + offset)
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
