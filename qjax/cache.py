@@ -52,7 +52,7 @@ PAGE_SIZE = 64  # tokens; what the attention kernels read fastest
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["k_pages", "v_pages", "block_table", "k_scale", "v_scale"],
-    meta_fields=[],
+    meta_fields=["length"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedCache:
@@ -65,6 +65,8 @@ class PagedCache:
         row p % page_size of page block_table[b, p // page_size].
       k_scale, v_scale: of 8-bit pages, one array a layer, float32 [] or [kv_heads]: what the
         numbers in the pages are multiplied by; else None, one a layer.
+      length: tokens that each sequence may have; None: all that the pages hold. Static: two lengths
+        in as many pages are two programs.
     """
 
     k_pages: list[jax.Array]
@@ -72,6 +74,7 @@ class PagedCache:
     block_table: jax.Array
     k_scale: list[jax.Array | None]
     v_scale: list[jax.Array | None]
+    length: int | None = None
 
     @property
     def page_size(self) -> int:

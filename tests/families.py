@@ -1,8 +1,11 @@
 """A small model of each family: what its config.json says, and random weights."""
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from qjax.bench.random_model import random_model
+from qjax.bench.random_model import random_model, recipe
+from qjax.lm import LanguageModel
 from qjax.models.registry import get_family
 
 MOST = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -41,3 +44,17 @@ def small_lm(family: str, cfg=None, *, layers: int = 1, dtype=jnp.float32):
     """A LanguageModel of random weights, quantized by the recipe `cfg`."""
     names = CONFIGS[family].keys() & {"num_hidden_layers", "n_layer", "n_layers"}
     return random_model(config_of(family, **dict.fromkeys(names, layers)), cfg, dtype=dtype)
+
+
+def abstract_lm(config, preset: str, dtype=jnp.bfloat16) -> LanguageModel:
+    """A random model of any size in a preset's format, without arrays."""
+    cfg, graphdefs = recipe(preset), []
+
+    def state():
+        graphdef, state = random_model(config, cfg, dtype=dtype).split()
+        graphdefs.append(graphdef)
+        return state
+
+    state = jax.eval_shape(state)
+    model = nnx.merge(graphdefs[0], state)
+    return LanguageModel(model, config, model_type=config.model_type, quantization=cfg)

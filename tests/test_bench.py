@@ -1,17 +1,20 @@
 """qjax bench: random models in a recipe's format, their bytes, and what a row says."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import abstract_lm, config_of
 
 from qjax.bench import latency, random_model, results, shapes
 from qjax.cli import main
 from qjax.errors import ConfigError
 from qjax.models.llama import LlamaConfig
 from qjax.models.registry import get_family
+from qjax.prepare import prepare
 from qjax.qarray import is_qarray
 from qjax.tree import named_leaves
 
@@ -120,6 +123,41 @@ def test_a_row_holds_the_medians_of_the_timed_runs(implementation):
         implementation,
     )
     assert row.bound_ms is None  # of a CPU nothing is known
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("gptj-6b", "mixtral-8x7b") else pytest.param(name, marks=pytest.mark.heavy)
+        for name in shapes.SHAPES
+    ],
+)
+@pytest.mark.parametrize("preset", ["bf16", "fp8", "int8_sq", "int8", "int4_wo", "fp8_wo"])
+def test_every_shape_is_laid_out_for_the_kernels(name, preset):
+    """A layer of it, without arrays: nothing is left apart, or to XLA's dequantization."""
+    cfg = shapes.shape(name)
+    cfg = getattr(cfg, "decoder", lambda: cfg)()
+    cfg = dataclasses.replace(cfg, layers=cfg.layers[:1])
+    report = prepare(abstract_lm(cfg, preset)).report
+    assert report.apart == report.canonical == {}
+    assert report.fused
+
+
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        ("gptj", "int8_sq"),
+        pytest.param("falcon", "fp8", marks=pytest.mark.heavy),
+        pytest.param("mpt", "int4_wo", marks=pytest.mark.heavy),
+        pytest.param("mixtral", "int8", marks=pytest.mark.heavy),
+        pytest.param("qwen3", "bf16", marks=pytest.mark.heavy),
+    ],
+)
+def test_families_are_measured_prepared(family, preset):
+    rows = latency.measure(
+        "tiny", preset, batches=(1, 2), input=5, output=3, repeats=1, config=config_of(family)
+    )
+    assert [(row.batch, row.implementation) for row in rows] == [(1, "qjax"), (2, "qjax")]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import qjax
 from qjax import arriving
 from qjax.lm import LanguageModel
 from qjax.qarray import bits_of
+from qjax.runtime import layout
 from qjax.tree import named_leaves
 
 PROMPTS = [[5, 9, 13, 4, 8], [7, 6]]
@@ -88,8 +88,7 @@ def live(monkeypatch) -> Live:
     seen = Live()
     seen.start()
     monkeypatch.setattr(arriving, "quantize_leaf", seen.watched(arriving.quantize_leaf))
-    preparing = sys.modules["qjax.prepare"]  # qjax.prepare is the function
-    monkeypatch.setattr(preparing, "_laid_out", seen.watched(preparing._laid_out))
+    monkeypatch.setattr(layout, "_laid_out", seen.watched(layout._laid_out))
     return seen
 
 

@@ -12,22 +12,28 @@ from flax import nnx
 from qjax_kernels.gemm_swiglu.layout import separate
 from qjax_kernels.weight_only_gemm.api import unprepare
 from test_reference import REFERENCE, SURE
-from tiny import tiny_config, tiny_lm, token_batches
+from tiny import PLAIN, tiny_config, tiny_lm, token_batches
 
 import qjax
 from qjax import cache as kv
 from qjax import ops
+from qjax.data import STDLIB, calibration_data
 from qjax.lm import LanguageModel
 from qjax.models.registry import abstract_model
 from qjax.quantize import quantize
 from qjax.runtime.weights import APART, INTERLEAVED, STACKED
-from qjax.text import calibration_batches
 from qjax.tree import map_named
 
-FORMATS = [None, *sorted(qjax.PRESETS)]
+FORMATS = [None, *sorted(PLAIN), "int8_sq"]
 PROMPTS = [[5, 9, 13, 4, 8], [7, 6], [200, 100, 50, 25, 12, 6, 3, 77]]
-QUANTIZED_INPUT = ("fp8", "fp8_per_token", "int8")
+QUANTIZED_INPUT = ("fp8", "fp8_per_token", "int8", "int8_sq")
 MIXED = ("w4a8", "w4a8_static")  # int4 weights, repacked, and fp8 activations
+NOT_FUSED = {
+    "fp8_block": "their scales are for blocks of several rows",
+    "nvfp4": "their global scales differ",
+    "nvfp4_wo": "their global scales differ",
+}
+BY_GROUPS = ("fp8_block", "nvfp4", "mxfp4", "mxfp8")  # activations with a scale for each group
 
 
 @remembered
@@ -41,7 +47,9 @@ def reference(preset: str | None, dtype: str) -> LanguageModel:
     lm = original(dtype)
     if preset is None:
         return lm
-    batches = calibration_batches(lm.tokenizer, qjax.CalibConfig(samples=4, seq_len=128))
+    batches = calibration_data(
+        STDLIB, lm.tokenizer, qjax.CalibConfig(num_samples=4, max_seq_length=128)
+    )
     return qjax.quantize_model(lm, preset, batches)
 
 
@@ -76,7 +84,7 @@ def test_float32_logits(preset):
     expected, got = logits_of(lm), logits_of(qjax.prepare(lm))
     cfg = lm.config
     bound = cfg.num_hidden_layers * cfg.intermediate_size * 2**-24 * rms(expected)
-    if preset in (*QUANTIZED_INPUT, *MIXED):
+    if preset in (*QUANTIZED_INPUT, *MIXED, *BY_GROUPS):
         bound = rms(expected - logits_of(original("float32")))
     difference = rms(got - expected)
     assert (difference <= bound).all(), (difference / bound).max()
@@ -111,7 +119,7 @@ def test_text_is_the_same(preset, dtype):
     got = qjax.prepare(lm).generate(SURE, max_new_tokens=24)
     for text, row, other in zip(SURE, got.token_ids, expected.token_ids, strict=True):
         if not (row == other).all():
-            assert dtype == "bfloat16" or preset in MIXED
+            assert dtype == "bfloat16" or preset in (*MIXED, *BY_GROUPS)
             assert unsure(preset, dtype, lm.tokenizer(text)["input_ids"], other, row)
 
 
@@ -131,7 +139,7 @@ def unsure(
     return gap <= 2 * np.abs(rough[at] - exact[at]).max()
 
 
-@pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4_wo", *MIXED])
+@pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4_wo", "int3_wo", *MIXED, *BY_GROUPS])
 def test_generation(preset):
     lm = tiny(preset)
     prepared = qjax.prepare(lm)
@@ -174,7 +182,15 @@ def test_what_row_kernels_do_not_write(settings):
     assert (rms(got - expected) <= error).all()
 
 
-@pytest.mark.parametrize("preset", FORMATS)
+@pytest.mark.parametrize("preset", NOT_FUSED)
+def test_formats_that_are_not_fused(preset):
+    prepared = qjax.prepare(tiny(preset))
+    assert prepared.report.fused == ()
+    assert list(prepared.report.apart.values()) == [NOT_FUSED[preset]] * 4
+    assert prepared.report.canonical == {}
+
+
+@pytest.mark.parametrize("preset", [name for name in FORMATS if name not in NOT_FUSED])
 def test_all_is_fused(preset):
     """And how gate and up lie: a scale for each token is known only after all of its row."""
     prepared = qjax.prepare(tiny(preset))
@@ -423,7 +439,11 @@ def test_weights_go_to_the_device():
     assert not any(x.is_deleted() for x in jax.tree.leaves(lm.split()[1]))
 
 
-@pytest.mark.parametrize("preset", FORMATS)
+# Global scales that differ keep weights apart, and abstract ones are taken to agree; SmoothQuant
+# takes a model.
+@pytest.mark.parametrize(
+    "preset", [name for name in FORMATS if name not in ("nvfp4", "nvfp4_wo", "int8_sq")]
+)
 def test_abstract_models(preset):
     """Shapes without arrays: what a real model becomes, without its memory."""
     cfg = tiny_config()

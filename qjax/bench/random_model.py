@@ -24,30 +24,20 @@ from qjax.tree import map_named
 _AMAX = 4.0  # of the activations, for static scales
 _KEY = 0
 
-# Formats that are timed like presets: what an algorithm that is no preset writes.
-FORMATS = {
-    # SmoothQuant: a weight scale for each channel, one static scale of the activations.
-    "int8_sq": preset("int8", act_granularity="per_tensor", act_scale="static"),
-}
-
 
 def recipe(name: str, lm_head: str | None = None) -> QuantConfig | None:
     """The recipe of a preset, 'bf16' for none, with another one for the output head.
 
     Args:
-      name: 'bf16', a preset, or one of FORMATS.
+      name: 'bf16', or a preset.
       lm_head: the same for the output head, which presets leave alone; or None.
     """
-    cfg = None if name == "bf16" else _known(name)
+    cfg = None if name == "bf16" else preset(name)
     if lm_head is None:
         return cfg
-    head = dataclasses.replace(_known(lm_head).rules[0], path="lm_head")
+    head = dataclasses.replace(preset(lm_head).rules[0], path="lm_head")
     rules: Sequence[Rule] = () if cfg is None else cfg.rules
     return QuantConfig(name=f"{name}.{lm_head}_lm_head", rules=(head, *rules))
-
-
-def _known(name: str) -> QuantConfig:
-    return dataclasses.replace(FORMATS[name], name=name) if name in FORMATS else preset(name)
 
 
 def random_model(
@@ -69,9 +59,7 @@ def random_model(
 
     def make(name: str, leaf: Any) -> Any:
         names.append(name)
-        if leaf.ndim < 2:
-            return jnp.full(leaf.shape, 0 if name.endswith("bias") else 1, leaf.dtype)
-        weight = _random(jax.random.fold_in(jax.random.key(_KEY), len(names)), leaf.shape, dtype)
+        weight = random_leaf(name, leaf.shape, dtype, len(names))
         if name not in assigned:
             return weight
         how = assigned[name]
@@ -84,6 +72,17 @@ def random_model(
     )
 
 
+def random_leaf(name: str, shape: tuple[int, ...], dtype: Any, index: int) -> jax.Array:
+    """A weight of a random model, or its norm of ones, or its bias of zeros.
+
+    Args:
+      index: of the leaf in its model; leaves of different ones differ.
+    """
+    if len(shape) < 2:
+        return jnp.full(shape, 0 if name.endswith("bias") else 1, dtype)
+    return _random(jax.random.fold_in(jax.random.key(_KEY), index), shape, dtype)
+
+
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     values, rows = jax.random.split(key)
@@ -93,4 +92,4 @@ def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def presets() -> tuple[str, ...]:
     """What `recipe` takes."""
-    return ("bf16", *PRESETS, *FORMATS)
+    return ("bf16", *PRESETS)

@@ -83,10 +83,13 @@ class MoE(nnx.Module):
 
     def route(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Tokens [tokens, hidden_size] -> int32 experts and float32 weights, [tokens, each]."""
-        scores = self.router(tokens, out_dtype=jnp.dtype(jnp.float32))
-        weights, chosen = jax.lax.top_k(
-            jax.nn.softmax(scores, axis=-1), self.config.experts_per_token
-        )
-        if self.config.normalize:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return chosen, weights
+        return choose(self.router(tokens, out_dtype=jnp.dtype(jnp.float32)), self.config)
+
+
+def choose(scores: jax.Array, cfg: MoEConfig) -> tuple[jax.Array, jax.Array]:
+    """A router's scores, float32 [tokens, experts] -> int32 experts and their float32 weights,
+    [tokens, experts_per_token]."""
+    weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), cfg.experts_per_token)
+    if cfg.normalize:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return chosen, weights

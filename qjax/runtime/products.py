@@ -1,6 +1,7 @@
-"""The products of a layer with prepared weights, and what their kernels do besides: norms, rounding
-for the product behind, the gate."""
+"""The products of a layer with prepared weights, and the norms between them, which some are parts
+of."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 
 from qjax import ops
 from qjax.qarray import QArray
-from qjax.runtime.fuse import row_output
-from qjax.runtime.weights import INTERLEAVED, LayerWeights, Projection
+from qjax.runtime.dense import row_output
+from qjax.runtime.weights import Norm, Projection
 
 FEW = 64  # tokens, up to which a product lasts as long as its weights take to arrive
 
@@ -29,37 +30,51 @@ class Rows(NamedTuple):
     eps: float = 0.0
 
 
-def project(rows: Rows, part: Projection, dtype: jnp.dtype) -> jax.Array:
-    """[..., in] -> [..., out] of `dtype`."""
+def project(
+    rows: Rows, part: Projection, dtype: jnp.dtype, residual: jax.Array | None = None
+) -> jax.Array:
+    """[..., in] -> [..., out] of `dtype`, and a residual of that type added."""
     if isinstance(part.weight, ops.Prepared):
-        return repacked_product(rows, part, dtype)
+        return repacked_product(rows, part, dtype, residual=residual)
     if not isinstance(part.weight, QArray):
         weight = part.weight.astype(rows.values.dtype)
-        return ops.plain_gemm(rows.values, weight, part.bias, out_dtype=dtype)
+        return ops.plain_gemm(rows.values, weight, part.bias, residual, out_dtype=dtype)
     if rows.scale is None:
-        return ops.linear(rows.values, part.weight, part.bias, out_dtype=dtype)
+        y = ops.linear(rows.values, part.weight, part.bias, out_dtype=dtype)
+        return y if residual is None else y + residual
     return ops.scaled_gemm(
         rows.values,
         rows.scale,
         part.weight.values,
         part.weight.scale,
         bias=part.bias,
+        residual=residual,
         out_dtype=dtype,
     )
 
 
 def repacked_product(
-    rows: Rows, part: Projection, dtype: jnp.dtype, activation: str | None = None
+    rows: Rows,
+    part: Projection,
+    dtype: jnp.dtype,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """[..., in] -> [..., out], or half of them behind a gate, with an `ops.Prepared`."""
     how: dict[str, Any] = {"out_dtype": dtype, "activation": activation}
-    if part.input is None:
+    if part.weight.operand == "float16":
+        x = rows.values if part.input is None else ops.rounded(rows.values, part.input)
         how |= {"squares": rows.squares, "eps": rows.eps}
-        return ops.prepared_gemm(rows.values, part.weight, part.bias, **how)
+        return ops.prepared_gemm(x, part.weight, part.bias, residual, **how)
     x, scale = rows.values, rows.scale
     if scale is None:
         x, scale = ops.quantize_activations(x, part.input)
-    return ops.w4a8_gemm(x, scale, part.weight, part.bias, **how)
+    return ops.w4a8_gemm(x, scale, part.weight, part.bias, residual, **how)
+
+
+def summed(rows: Rows, part: Projection, residual: jax.Array, norm: Norm) -> ops.Summed:
+    """A product and the residual, and this product's part of the norm behind them."""
+    return ops.residual_gemm(rows.values, part.weight, residual, norm.scale, part.bias)
 
 
 def side_by_side(parts: list[jax.Array]) -> jax.Array:
@@ -67,65 +82,48 @@ def side_by_side(parts: list[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def splits(tokens: int, before: Projection, behind: tuple[Projection, ...]) -> bool:
+def splits(tokens: int, norm: Norm, before: Projection, behind: Sequence[Projection]) -> bool:
     """Whether a norm is done by the products around it, see `ops.residual_gemm`, with no kernel of
-    its own: those of few tokens and weight-only weights."""
-    parts = (before, *behind)
-    return tokens <= FEW and all(
-        isinstance(part.weight, ops.Prepared) and part.input is None for part in parts
+    its own: RMSNorm between those of few tokens and weight-only weights."""
+    return (
+        tokens <= FEW
+        and norm.kind == "rms"
+        and norm.offset == 0
+        and all(
+            isinstance(part.weight, ops.Prepared) and part.input is None
+            for part in (before, *behind)
+        )
     )
-
-
-def added(
-    rows: Rows, part: Projection, residual: jax.Array, gain: jax.Array | None
-) -> jax.Array | ops.Summed:
-    """A product that goes to the residual; with the gain of the norm behind it their sum."""
-    if gain is None:
-        return project(rows, part, residual.dtype)
-    return ops.residual_gemm(rows.values, part.weight, residual, gain, part.bias)
 
 
 def normed(
     x: jax.Array | ops.Summed,
     residual: jax.Array | None,
-    scale: jax.Array,
-    parts: tuple[Projection, ...],
-    eps: float,
+    norm: Norm,
+    parts: Sequence[Projection],
 ) -> tuple[Rows, jax.Array]:
-    """RMSNorm of x + residual, as the product behind it takes it; and that sum."""
+    """The norm of x + residual, as the product with `parts` behind it takes it; and that sum."""
     if isinstance(x, ops.Summed):
-        return Rows(x.scaled, squares=x.squares, eps=eps), x.total
+        return Rows(x.scaled, squares=x.squares, eps=norm.eps), x.total
     dtype, static = row_output(parts) or (None, None)
-    norm = ops.norm_quant(x, scale, residual=residual, eps=eps, out_dtype=dtype, scale=static)
-    return Rows(norm.values, norm.scale), x if norm.residual is None else norm.residual
+    scale = jnp.ones(x.shape[-1:], x.dtype) if norm.scale is None else norm.scale
+    y = ops.norm_quant(
+        x,
+        scale,
+        bias=norm.bias,
+        residual=residual,
+        kind=norm.kind,
+        eps=norm.eps,
+        weight_offset=norm.offset,
+        out_dtype=dtype,
+        scale=static,
+    )
+    return Rows(y.values, y.scale), x if y.residual is None else y.residual
 
 
-def quantized(x: jax.Array, part: Projection) -> Rows:
+def quantized(x: jax.Array, parts: Sequence[Projection]) -> Rows:
     """Rows as the product takes them, where what made them could not write them so."""
-    output = row_output([part])
+    output = row_output(parts)
     if output is None:
         return Rows(x)
     return Rows(*ops.quantize_rows(x, out_dtype=output[0], scale=output[1]))
-
-
-def gate(rows: Rows, weights: LayerWeights, dtype: jnp.dtype) -> Rows:
-    """silu(gate) * up, as the product with down takes it."""
-    out_dtype, static = row_output([weights.down]) or (dtype, None)
-    if weights.gated != INTERLEAVED:
-        both = side_by_side([project(rows, part, dtype) for part in weights.gate_up])
-        glu = ops.glu_quant(both, out_dtype=out_dtype, scale=static)
-        return Rows(glu.values, glu.scale)
-    (part,) = weights.gate_up
-    weight = part.weight
-    if isinstance(weight, ops.Prepared):
-        return quantized(repacked_product(rows, part, dtype, "silu"), weights.down)
-    if isinstance(weight, QArray):
-        x, x_scale = rows.values, rows.scale
-        if x_scale is None and weight.input is not None:
-            x, x_scale = ops.quantize_activations(x, weight.input)
-        operands: dict[str, Any] = {"x_scale": x_scale, "scale": weight.scale}
-        weight = weight.values
-    else:
-        x, operands = rows.values, {}
-    values = ops.gemm_swiglu(x, weight, out_dtype=out_dtype, out_scale=static, **operands)
-    return Rows(values, static)

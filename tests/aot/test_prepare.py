@@ -1,5 +1,6 @@
 """The decode loop of a prepared model, compiled for an H200: what runs, and how many kernels."""
 
+import dataclasses
 import itertools
 import re
 
@@ -7,18 +8,14 @@ import h200
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from families import abstract_lm
 from qjax_kernels.dispatch import forget, skipped
 
 import qjax
-from qjax.bench import random_model
+from qjax.bench import shapes
 from qjax.decode import decode, prefill
-from qjax.lm import LanguageModel
 from qjax.models.llama import LlamaConfig
-from qjax.models.registry import abstract_model
-from qjax.quantize import quantize
 from qjax.sampling import How, Settings
-from qjax.tree import named_leaves
 
 pytest.importorskip("jax_triton")
 
@@ -39,22 +36,24 @@ def llama3_8b(preset: str | None) -> qjax.LanguageModel:
         max_position_embeddings=8192,
         eos_token_id=(128001,),
     )
-    graphdef, state = abstract_model("llama", cfg, jnp.dtype(jnp.bfloat16))
-    recipe = random_model.recipe(preset or "bf16")
-    if recipe is not None:
-        stats = {
-            name: {"amax": shape(leaf.shape[1:], jnp.float32)}
-            for name, leaf in named_leaves(state)
-            if name.endswith("_proj.weight")
-        }
-        state = jax.eval_shape(lambda s, stats: quantize(s, recipe, stats), state, stats)
-    return LanguageModel(nnx.merge(graphdef, state), cfg, model_type="llama", quantization=recipe)
+    return abstract_lm(cfg, preset or "bf16")
 
 
-def decode_step(preset: str | None, batch: int, kv_cache: str | None = None) -> list[str]:
+def some_layers(name: str, preset: str | None, layers: int = LAYERS) -> qjax.LanguageModel:
+    """The first layers of a model of `shapes.SHAPES`."""
+    cfg = shapes.shape(name)
+    return abstract_lm(dataclasses.replace(cfg, layers=cfg.layers[:layers]), preset or "bf16")
+
+
+def decode_step(
+    preset: str | None,
+    batch: int,
+    kv_cache: str | None = None,
+    lm: qjax.LanguageModel | None = None,
+) -> list[str]:
     """Kernels of the loop's body, in the order they run, by name: a custom call by its kernel, an
     XLA kernel by the fusion's name. The embedding and what follows the last norm are left out."""
-    prepared = qjax.prepare(llama3_8b(preset), kv_cache=kv_cache)
+    prepared = qjax.prepare(lm or llama3_8b(preset), kv_cache=kv_cache)
     assert not prepared.report.apart
     assert not prepared.report.canonical
     graphdef, state = prepared.split()
@@ -187,3 +186,72 @@ def test_a_scale_for_each_token():
     attention = ["norm_quant", product, "rope_cache", "decode_attention_blocks"]
     mlp = ["norm_quant", product, "glu_quant", product]
     assert decode_step("int8", 1) == [*attention, "quantize_rows", product, *mlp] * LAYERS
+
+
+# ---------------------------------------------------------------- other families
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch", "product"),
+    [
+        (None, 1, "plain_gemm_bfloat16"),
+        (None, 8, "plain_gemm_bfloat16"),
+        ("fp8", 1, "scaled_gemm_float8_e4m3fn"),
+        ("fp8", 8, "scaled_gemm_float8_e4m3fn"),
+        ("int8_sq", 1, "scaled_gemm_int8"),
+        ("int8_sq", 8, "scaled_gemm_int8"),
+        ("int4_wo", 1, STREAM),
+        ("int4_wo", 8, STREAM),
+    ],
+)
+def test_attention_beside_the_mlp(preset, batch, product):
+    """GPT-J: one product for all that reads the norm, and the last two add to the residual."""
+    lm = some_layers("gptj-6b", preset)
+    inside = ["rope_cache", "decode_attention_blocks", product, "glu_quant", product]
+    expected = ["norm_quant", product, *inside]
+    assert decode_step(preset, batch, lm=lm) == expected * LAYERS
+
+
+def test_a_norm_each_for_attention_and_the_mlp():
+    """Falcon-40B: the second norm reads the same rows."""
+    product = "scaled_gemm_int8"
+    attention = [product, "rope_cache", "decode_attention_blocks", product]
+    expected = ["norm_quant", "norm_quant", *attention, product, "glu_quant", product]
+    kernels = decode_step("int8_sq", 1, lm=some_layers("falcon-40b", "int8_sq"))
+    # Nothing says in which order the two products with the rows of the norms run.
+    assert sorted(kernels) == sorted(expected * LAYERS)
+
+
+@pytest.mark.parametrize("preset", ["fp8", "int4_wo"])
+def test_no_rotation(preset):
+    """MPT-30B: ALiBi, of which attention has the slopes."""
+    product = STREAM if preset == "int4_wo" else "scaled_gemm_float8_e4m3fn"
+    attention = ["norm_quant", product, "rope_cache", "decode_attention_blocks", product]
+    expected = [*attention, "norm_quant", product, "glu_quant", product]
+    assert decode_step(preset, 8, lm=some_layers("mpt-30b", preset)) == expected * LAYERS
+
+
+@pytest.mark.parametrize("preset", ["int4_wo", "fp8"])
+def test_norms_of_heads(preset):
+    """Qwen3-8B: as many kernels as Llama has."""
+    lm = some_layers("qwen3-8b", preset)
+    assert decode_step(preset, 1, lm=lm) == decode_step(preset, 1)
+
+
+@pytest.mark.parametrize("preset", [None, "fp8", "int4_wo"])
+def test_a_mixture_of_experts(preset):
+    """Mixtral-8x7B: ten kernels, one more where rows of the norm are rounded after the router has
+    read them, and eight of XLA's that choose experts, sort rows and add them up; two more give each
+    row of both products the static scale."""
+    kernels = decode_step(preset, 1, lm=some_layers("mixtral-8x7b", preset))
+    xla = ("fusion", "softmax", "wrapped")
+    mine = [name for name in kernels if not any(word in name for word in xla)]
+    product = {None: "plain_gemm_bfloat16", "int4_wo": STREAM}.get(
+        preset, "scaled_gemm_float8_e4m3fn"
+    )
+    attention = [product, "rope_cache", "decode_attention_blocks", product]
+    rounded = ["quantize_rows"] if preset == "fp8" else []
+    grouped = "prepared_grouped_gemm" if preset == "int4_wo" else "grouped_gemm"
+    mlp = ["norm_quant", "plain_gemm_bfloat16", *rounded, grouped, "glu_quant", grouped]
+    assert sorted(mine) == sorted(["norm_quant", *attention, *mlp] * LAYERS)
+    assert len(kernels) - len(mine) == (10 if preset == "fp8" else 8) * LAYERS
