@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from qjax import numerics
 from qjax.config import Rule
+from qjax.formats import act_scale_rule
 from qjax.qarray import InputSpec, QArray, block_for, quantize_array
 
 
@@ -43,8 +44,17 @@ def input_spec(rule: Rule, input_amax: jax.Array | None) -> InputSpec | None:
     """What products by `rule` do to their activations; None for weight-only rules."""
     if rule.act is None:
         return None
-    scale = None
+    fmt, scale = numerics.get_format(rule.act), None
     if rule.act_scale == "static":
         assert input_amax is not None
-        scale = numerics.scale_from_amax(jnp.max(input_amax), numerics.get_format(rule.act))
-    return InputSpec(scale=scale, format=rule.act, granularity=rule.act_granularity)
+        two_levels = rule.act_scale_dtype == numerics.TWO_LEVELS
+        scale_of = numerics.global_scale if two_levels else numerics.scale_from_amax
+        scale = scale_of(jnp.max(input_amax), fmt)
+    return InputSpec(
+        scale=scale,
+        format=rule.act,
+        granularity=rule.act_granularity,
+        group_size=rule.act_group_size,
+        scale_dtype=rule.act_scale_dtype,
+        scale_rule=act_scale_rule(rule),
+    )
