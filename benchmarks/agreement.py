@@ -27,9 +27,10 @@ from qjax_kernels import dispatch
 import qjax
 from qjax import compile_cache
 from qjax.bench import random_model, results
+from qjax.data import STDLIB, calibration_data
 from qjax.evaluate import Perplexity, evaluate_perplexity
 from qjax.lm import LanguageModel
-from qjax.text import calibration_batches, held_out, token_windows
+from qjax.text import held_out, token_windows
 
 REFERENCE = Path(__file__).resolve().parents[1] / "checkpoints" / "reference"
 LEAST_SHARE = 0.99  # of positions at which the largest logits agree
@@ -178,8 +179,8 @@ def of_preset(preset: str, *, batch: int, new: int, dtype: str | None) -> Row:
     windows = token_windows(held_out(), lm.tokenizer, count=64, seq_len=256)
     recipe = random_model.recipe(preset)
     if recipe is not None:
-        calib = qjax.CalibConfig(samples=8, seq_len=256)
-        batches = calibration_batches(lm.tokenizer, calib) if recipe.needs_stats else None
+        calib = qjax.CalibConfig(num_samples=8, max_seq_length=256)
+        batches = calibration_data(STDLIB, lm.tokenizer, calib) if recipe.needs_stats else None
         lm = qjax.quantize_model(lm, recipe, batches)
     return compare(preset, lm, prompts, windows, new=new, batch=batch)
 

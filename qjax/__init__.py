@@ -15,7 +15,6 @@ from qjax.errors import DataError as DataError
 from qjax.errors import QJaxError as QJaxError
 from qjax.lm import LanguageModel as LanguageModel
 from qjax.lm import load as load
-from qjax.lm import quantize_model as quantize_model
 from qjax.plan import Plan as Plan
 from qjax.plan import plan as plan
 from qjax.prepare import load_prepared as load_prepared
@@ -28,5 +27,7 @@ from qjax.qarray import dequantize as dequantize
 from qjax.qarray import quantize_array as quantize_array
 from qjax.quantize import dequantize_tree as dequantize_tree
 from qjax.quantize import quantize as quantize
+from qjax.quantize_checkpoint import quantize_checkpoint as quantize_checkpoint
+from qjax.quantize_model import quantize_model as quantize_model
 from qjax.result import Generation as Generation
 from qjax.speculate import PromptLookup as PromptLookup

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from qjax.assign import Assignment, assign
 from qjax.config import QuantConfig
 from qjax.qarray import is_qarray
-from qjax.quantize import Stats, check_finite, quantize_leaf, require_stats
+from qjax.quantize import Stats, check_finite, quantize_leaf, require_plain, require_stats
 from qjax.tree import leaves_by_name
 
 
@@ -46,6 +46,7 @@ class Arriving:
           ConfigError: the recipe does not fit the model.
           DataError: statistics are missing.
         """
+        require_plain(cfg)
         assigned = assign(state, cfg)
         leaves = leaves_by_name(state)
         shapes = {name: leaves[name].shape for name in assigned}

@@ -54,6 +54,24 @@ def assign(params: Any, cfg: QuantConfig) -> dict[str, Assignment]:
     return assigned
 
 
+def misfits(params: Any, cfg: QuantConfig) -> dict[str, str]:
+    """Leaf name -> why its shape is none that the format of its rule takes."""
+    found = {}
+    for name, leaf in leaves_by_name(params).items():
+        if not _is_candidate(name, leaf) or is_qarray(leaf):
+            continue
+        rules = [*(Rule(path=pattern) for pattern in cfg.ignore), *cfg.rules]
+        rule = next((rule for rule in rules if _reaches(rule, name)), None)
+        if rule is None or rule.weight is None:
+            continue
+        axis = -1 if rule.contract_axis is None else rule.contract_axis
+        try:
+            scale_shape(tuple(leaf.shape), block_for(rule.granularity, rule.group_size, axis))
+        except ConfigError as error:
+            found[name] = str(error)
+    return found
+
+
 def _reaches(rule: Rule, name: str) -> bool:
     """Whether a rule is about a leaf. The router of a mixture of experts must be spelled: it is
     small, and a token that it sends elsewhere is lost."""
@@ -88,8 +106,9 @@ def _assignment(name: str, leaf: Any, rule: Rule) -> Assignment:
     stacked = len(leaf.shape) > 2 and ".experts." not in name
     if rule.needs_stats and (stacked or name.endswith("embedding")):
         raise ConfigError(
-            f"{name} {tuple(leaf.shape)} cannot have a static activation scale: stacked weights "
-            "and embeddings are not calibrated; give it act_scale='dynamic' by a rule of its own"
+            f"{name} {tuple(leaf.shape)} cannot have a static activation scale, or a method that "
+            "calibrates: stacked weights and embeddings are not calibrated; give it "
+            "act_scale='dynamic' and method='rtn' by a rule of its own"
         )
     if axis is None:
         if not known:

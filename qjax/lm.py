@@ -7,21 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from qjax import checkpoint
 from qjax.arriving import Arriving
-from qjax.calibrate import calibrate
+from qjax.blockwise.report import QuantReport
 from qjax.checkpoint import huggingface
 from qjax.checkpoint.format import FILE, Manifest
 from qjax.checkpoint.orbax import OrbaxReader, fill
 from qjax.config import QuantConfig
+from qjax.data import check_ids
 from qjax.errors import CheckpointError, DataError
 from qjax.generate import generate, stream
 from qjax.models.registry import abstract_model, get_family
 from qjax.presets import preset
-from qjax.quantize import Stats, check_finite, quantize
+from qjax.quantize import Stats
 from qjax.request import Prompts, Request
 from qjax.result import Generation
 from qjax.speculate import PromptLookup
@@ -39,9 +39,12 @@ class LanguageModel:
       model_type: Hugging Face's name of the architecture.
       quantization: the recipe the weights were quantized by, or None.
       canonical: False where the weights lie as kernels want them; see `qjax.prepare`.
+      quantization_report: what `quantize_model` did to each weight; None for models that it did
+        not make.
     """
 
     canonical = True
+    quantization_report: QuantReport | None = None
 
     def __init__(
         self,
@@ -90,23 +93,7 @@ class LanguageModel:
 
     def check_ids(self, input_ids: Any) -> jax.Array:
         """input_ids as int32 [batch, seq], or DataError saying what is wrong with them."""
-        try:
-            ids = np.asarray(input_ids)
-        except ValueError as error:
-            raise DataError(f"input_ids must be [batch, seq]: {error}") from error
-        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
-            raise DataError(
-                f"input_ids must be non-empty integers [batch, seq], not {ids.dtype} {ids.shape}"
-            )
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise DataError(
-                f"token ids {ids.min()}..{ids.max()} are outside the vocabulary, "
-                f"0..{self.config.vocab_size - 1}"
-            )
-        context = self.config.max_position_embeddings
-        if ids.shape[1] > context:
-            raise DataError(f"{ids.shape[1]} tokens do not fit the model's context of {context}")
-        return jnp.asarray(ids, jnp.int32)
+        return jnp.asarray(check_ids(input_ids, self.config))
 
     def generate(
         self,
@@ -262,8 +249,8 @@ def load(
       ConfigError, DataError: as `quantize`; a checkpoint that is quantized already.
     """
     path = Path(path)
-    dtype = None if dtype is None else _floating(dtype)
-    recipe = _recipe(quantization)
+    dtype = None if dtype is None else as_dtype(dtype)
+    recipe = as_recipe(quantization)
     arriving = Arriving(device=device, dtype=dtype)
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path}; check the path")
@@ -274,7 +261,8 @@ def load(
     return _load_own(path, arriving, recipe, stats)
 
 
-def _recipe(cfg: QuantConfig | str | None) -> QuantConfig | None:
+def as_recipe(cfg: QuantConfig | str | None) -> QuantConfig | None:
+    """A recipe, or that of the preset with this name."""
     cfg = preset(cfg) if isinstance(cfg, str) else cfg
     if cfg is not None and not isinstance(cfg, QuantConfig):
         raise DataError(f"cfg is {cfg!r}; give a qjax.QuantConfig or the name of a preset")
@@ -302,7 +290,7 @@ def _load_huggingface(
         nnx.merge(graphdef, state),
         config,
         model_type=model_type,
-        tokenizer=_tokenizer(path),
+        tokenizer=load_tokenizer(path),
         quantization=recipe,
     )
 
@@ -325,7 +313,7 @@ def _load_own(
     if recipe is not None and quantization is not None:
         raise DataError(f"{path} is quantized already, by {quantization.name!r}; load the original")
     dtype = arriving.dtype or jnp.dtype(jnp.bfloat16)
-    graphdef, abstract = abstract_model(model_type, config, dtype)
+    graphdef, abstract = abstract_model(model_type, config, dtype, quantization)
     if recipe is not None:
         arriving = arriving.quantizing(abstract, recipe, stats)
     state = fill(abstract, _arrived(OrbaxReader(path), arriving), str(path))
@@ -333,7 +321,7 @@ def _load_own(
         nnx.merge(graphdef, state),
         config,
         model_type=model_type,
-        tokenizer=_tokenizer(path),
+        tokenizer=load_tokenizer(path),
         quantization=quantization or recipe,
     )
 
@@ -350,7 +338,8 @@ def _arrived(reader: OrbaxReader, arriving: Arriving) -> dict[str, Any]:
     return leaves
 
 
-def _floating(dtype: Any) -> jnp.dtype:
+def as_dtype(dtype: Any) -> jnp.dtype:
+    """A dtype of activations, or DataError."""
     try:
         result = jnp.dtype(dtype)
     except TypeError as error:
@@ -360,7 +349,7 @@ def _floating(dtype: Any) -> jnp.dtype:
     return result
 
 
-def _tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
     """The tokenizer stored beside the weights; None if there is none."""
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         return None
@@ -373,37 +362,3 @@ def _tokenizer(path: Path) -> Any:
         raise CheckpointError(
             f"the tokenizer in {path} cannot be read ({type(error).__name__}: {first_line})"
         ) from error
-
-
-def quantize_model(
-    lm: LanguageModel,
-    cfg: QuantConfig | str,
-    batches: Iterable[Any] | None = None,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> LanguageModel:
-    """A quantized copy of a language model, calibrated on the way if the recipe needs it.
-
-    Args:
-      cfg: a recipe or the name of a preset.
-      batches: token ids [batch, seq], for recipes with static activation scales.
-      progress: called as progress(done, total) after each weight.
-
-    Raises:
-      ConfigError, DataError: as `quantize` and `calibrate`.
-    """
-    recipe = _recipe(cfg)
-    if recipe is None:
-        raise DataError("cfg is None; give a qjax.QuantConfig or the name of a preset")
-    if not lm.canonical:
-        raise DataError("the model is prepared for its kernels; quantize the one it came from")
-    if lm.quantization is not None:
-        raise DataError(
-            f"the model is quantized already, by {lm.quantization.name!r}; start from the original"
-        )
-    _, state = lm.split()
-    check_finite(state)
-    stats = None
-    if recipe.needs_stats and batches is not None:
-        stats = calibrate(lm.model, [lm.check_ids(batch) for batch in batches])
-    return lm.with_state(quantize(state, recipe, stats, progress=progress), recipe)

@@ -13,7 +13,12 @@ from qjax_kernels.decode_attention.api import decode_attention as decode_attenti
 from qjax_kernels.gemm_swiglu.api import gemm_swiglu as gemm_swiglu
 from qjax_kernels.gemm_swiglu.layout import interleave as interleave
 from qjax_kernels.glu_quant.api import glu_quant as glu_quant
+from qjax_kernels.glu_quant.xla import ACTIVATIONS as GATES  # noqa: F401
 from qjax_kernels.grouped_gemm import api as grouped
+from qjax_kernels.grouped_gemm.api import grouped_gemm as grouped_gemm
+from qjax_kernels.grouped_gemm.api import prepared_grouped_gemm as prepared_grouped_gemm
+from qjax_kernels.grouped_gemm.layout import Prepared as PreparedExperts
+from qjax_kernels.grouped_gemm.layout import prepare as pack_experts
 from qjax_kernels.matmul import matmul
 from qjax_kernels.norm_quant.api import norm_quant as norm_quant
 from qjax_kernels.plain_gemm.api import plain_gemm as plain_gemm
@@ -24,17 +29,18 @@ from qjax_kernels.rope_cache.api import rope_cache as rope_cache
 from qjax_kernels.sampling import api as sampling
 from qjax_kernels.scaled_gemm import api as scaled
 from qjax_kernels.scaled_gemm.api import scaled_gemm as scaled_gemm
+from qjax_kernels.scaled_gemm.config import BLOCK
 from qjax_kernels.weight_only_gemm import api as weight_only
 from qjax_kernels.weight_only_gemm.api import Summed as Summed
 from qjax_kernels.weight_only_gemm.api import prepared_gemm as prepared_gemm
 from qjax_kernels.weight_only_gemm.api import residual_gemm as residual_gemm
 from qjax_kernels.weight_only_gemm.api import w4a8_gemm as w4a8_gemm
 from qjax_kernels.weight_only_gemm.layout import Prepared as Prepared
-from qjax_kernels.weight_only_gemm.layout import prepare as prepare_weight  # noqa: F401
 
 from qjax import attention as canonical_attention
-from qjax import numerics
-from qjax.qarray import InputSpec, QArray, dequantize
+from qjax.activations import dequantize_activations, transform
+from qjax.activations import quantize_activations as quantize_activations
+from qjax.qarray import InputSpec, QArray, dequantize, full_scale, is_cut, per_row
 
 Weight = jax.Array | QArray
 
@@ -82,10 +88,10 @@ def _quantized_linear(
 ) -> jax.Array:
     spec = weight.input
     if spec is not None:
-        x = _transform_input(x, spec)
-    if spec is not None and spec.format not in (None, weight.format):
-        return _mixed_linear(x, weight, spec, out_dtype, implementation)
+        x = transform(x, spec)
     if spec is not None and spec.format is not None:
+        if not numbers_meet(weight):
+            return _decoded_linear(x, weight, spec, out_dtype, implementation)
         x_values, x_scale = quantize_activations(x, spec)
         columns = weight.axis == -1
         return scaled.scaled_gemm(
@@ -96,56 +102,122 @@ def _quantized_linear(
             out_dtype=out_dtype,
             implementation=implementation,
         )
-    if weight.axis == -2:
-        return _transposed_linear(x, weight, out_dtype, implementation)
-    scale = weight.scale
-    if weight.global_scale is not None:
-        scale = scale.astype(jnp.float32) * weight.global_scale
+    if weight.axis == -2 or is_cut(weight):
+        return _dense_linear(x, weight, out_dtype, implementation)
     return weight_only.weight_only_gemm(
         x,
         weight.values,
-        scale,
+        weight.scale if weight.global_scale is None else full_scale(weight),
         weight.zero_point,
         out_dtype=out_dtype,
         implementation=implementation,
     )
 
 
-def _mixed_linear(
+def numbers_meet(weight: QArray) -> bool:
+    """Whether a product multiplies numbers of the weight's format with those of its activations, as
+    they are, and scales the sums: both are 8 bits of one format, with one scale for each row of the
+    sum, or with those of DeepSeek's blocks (see `scaled_gemm`)."""
+    spec = weight.input
+    if spec is None or spec.format != weight.format or weight.values.dtype.itemsize != 1:
+        return False
+    if spec.granularity != "per_group":
+        return spec.format in ("int8", "fp8_e4m3", "fp8_e5m2")
+    blocks = weight.block == (BLOCK, BLOCK) and spec.group_size == BLOCK
+    floats = spec.scale_dtype == "float32" and weight.scale.dtype == jnp.float32
+    return blocks and floats and weight.axis == -1 and weight.shape[-1] % BLOCK == 0
+
+
+def _decoded_linear(
     x: jax.Array,
     weight: QArray,
     spec: InputSpec,
     out_dtype: jnp.dtype,
     implementation: str | None,
 ) -> jax.Array:
-    """Quantized activations with a weight of another format: x_scale * (x_values @ W.T).
+    """Quantized activations with a weight that they cannot meet as they are.
 
-    The weight is dequantized block by block, and the product is one of float32 numbers: of the
-    activations that are rounded to their format, so that nothing but sums is rounded again.
+    Of another format, or with more scales along the sum than tensor cores add up. The weight is
+    dequantized block by block, and the product is one of float32 numbers: of the activations that
+    are rounded to their format, so that nothing but sums is rounded again.
     """
     wide = jnp.dtype(jnp.float32)
     values, scale = quantize_activations(x, spec)
     weight = dataclasses.replace(weight, input=None)
+    if spec.granularity == "per_group":
+        x = dequantize_activations(values, scale, spec)
+        return _quantized_linear(x, weight, wide, implementation).astype(out_dtype)
     y = _quantized_linear(values.astype(wide), weight, wide, implementation)
     return (y * scale).astype(out_dtype)
 
 
-def _transposed_linear(
+def prepare_weight(weight: QArray, operand: str) -> Prepared:
+    """A weight [out, in] as the kernels read it, see `weight_only_gemm.layout.prepare`.
+
+    int2 and int3 become int4 there, and 5 to 7 bits are int8 already.
+
+    Raises:
+      NotImplementedError: no kernel takes its format or its blocks.
+    """
+    values, scale, zero_point = weight.values, weight.scale, weight.zero_point
+    if weight.block[0] > 1:
+        if weight.shape[1] % weight.block[1]:
+            raise NotImplementedError(f"blocks of {weight.block} that are cut at the edge")
+        scale = per_row(scale, weight)
+    if weight.format in ("int2", "int3"):
+        values = values.astype(jnp.int8).astype(jnp.int4)
+    if zero_point is not None:
+        zero_point = zero_point.astype(jnp.int8)
+    return weight_only.prepare(
+        values, scale, zero_point, factor=weight.global_scale, operand=operand
+    )
+
+
+def prepare_experts(weight: QArray) -> PreparedExperts:
+    """Weights [experts, out, in] in at most 4 bits as the kernels read them.
+
+    Raises:
+      NotImplementedError: no kernel takes their format or their blocks.
+    """
+    values, scale, zero_point = weight.values, full_scale(weight), weight.zero_point
+    if is_cut(weight):
+        raise NotImplementedError(f"blocks of {weight.block} that are cut at the edge")
+    if weight.format in ("int2", "int3"):
+        values = values.astype(jnp.int8).astype(jnp.int4)
+    if zero_point is not None:
+        zero_point = per_row(zero_point.astype(jnp.int8), weight)
+    return pack_experts(values, per_row(scale, weight), zero_point)
+
+
+def rounded(x: jax.Array, spec: InputSpec) -> jax.Array:
+    """Activations as their format has them, in the type of x."""
+    return dequantize_activations(*quantize_activations(x, spec), spec).astype(x.dtype)
+
+
+def _dense_linear(
     x: jax.Array, weight: QArray, out_dtype: jnp.dtype, implementation: str | None
 ) -> jax.Array:
-    """Weight-only product with an [in, out] weight, as raw trees of other frameworks have them.
+    """Weight-only product with a weight that is dequantized first: an [in, out] one, as raw trees
+    of other frameworks have them, or one with smaller blocks at its edges.
 
     Kernels want [out, in]. The weight is not transposed into that: XLA's GPU backend (jax 0.11.2)
     gives wrong numbers for a transposed int4 that is converted, while a product over the first
     axis is right.
     """
     if implementation not in (None, "xla"):
+        if weight.axis == -2:
+            raise NotImplementedError(
+                f"implementation {implementation!r} takes [out, in] weights, not [in, out]; "
+                "quantize a converted model (qjax.nn.convert), or use implementation=None"
+            )
         raise NotImplementedError(
-            f"implementation {implementation!r} takes [out, in] weights, not [in, out]; quantize "
-            "a converted model (qjax.nn.convert), or use implementation=None"
+            f"implementation {implementation!r} takes whole blocks, not {weight.shape} in blocks "
+            f"of {weight.block}; use implementation=None"
         )
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
     dense = dequantize(weight, x.dtype.name)
+    if weight.axis == -1:
+        return matmul(x, dense).astype(out_dtype)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(
         x, dense, contract, precision=_precision(x.dtype), preferred_element_type=jnp.float32
     )
@@ -155,36 +227,6 @@ def _transposed_linear(
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     """float32 products are float32 products: GPUs would take TF32, with 11 bits, by default."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def _transform_input(x: jax.Array, spec: InputSpec) -> jax.Array:
-    if spec.perm is not None:
-        x = jnp.take(x, spec.perm, axis=-1)
-    if spec.pre_scale is not None:
-        x = x * spec.pre_scale.astype(x.dtype)
-    return x
-
-
-def quantize_activations(x: jax.Array, spec: InputSpec) -> tuple[jax.Array, jax.Array]:
-    """Activations -> (values, scale) in the format of `spec`.
-
-    Args:
-      x: [..., in].
-
-    Returns:
-      values [..., in], and scale: float32 [] (per_tensor) or [..., 1] (per_token).
-    """
-    assert spec.format is not None
-    fmt = numerics.get_format(spec.format)
-    x = x.astype(jnp.float32)
-    if spec.scale is not None:
-        scale = spec.scale
-    else:
-        per_token = spec.granularity == "per_token"
-        axis = -1 if per_token else None
-        amax = jnp.max(jnp.abs(x), axis=axis, keepdims=per_token, initial=0.0)
-        scale = numerics.scale_from_amax(amax, fmt)
-    return numerics.round_to_format(numerics.divide(x, scale), fmt), scale
 
 
 def embed(ids: jax.Array, table: Weight) -> jax.Array:
@@ -344,35 +386,24 @@ def grouped_linear(
         raise ValueError("grouped_linear takes [experts, out, in] weights, not [experts, in, out]")
     spec = weight.input
     if spec is not None:
-        x = _transform_input(x, spec)
+        x = transform(x, spec)
     if spec is not None and spec.format is not None:
-        x, x_scale = quantize_activations(x, spec)
-        x_scale = jnp.broadcast_to(x_scale, (len(x), 1))
-        if spec.format == weight.format and x.dtype in grouped.EIGHT_BITS:
-            options["x_scale"] = x_scale
+        values, scale = quantize_activations(x, spec)
+        meet = spec.granularity != "per_group" and numbers_meet(weight)
+        if meet and values.dtype in grouped.EIGHT_BITS:
+            x, options["x_scale"] = values, jnp.broadcast_to(scale, (len(x), 1))
         else:
-            # As in `_mixed_linear`: a product of float32 numbers.
-            x = x.astype(jnp.float32) * x_scale
-    integers = jnp.issubdtype(weight.values.dtype, jnp.integer)
+            # As in `_decoded_linear`: a product of float32 numbers.
+            x = dequantize_activations(values, scale, spec)
+    integers = weight.values.dtype in (jnp.int4, jnp.int8)
     groups = weight.scale.shape[-1] > 1 or weight.zero_point is not None
-    if _grouped_takes(weight.values.dtype) and (integers or not groups):
-        scale = _for_each_output(weight.scale, weight)
-        if weight.global_scale is not None:
-            scale = scale.astype(jnp.float32) * weight.global_scale
-        options["scale"] = scale
+    floats = weight.values.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
+    if not is_cut(weight) and (integers or (floats and not groups)):
+        options["scale"] = per_row(full_scale(weight), weight)
         if weight.zero_point is not None:
-            options["zero_point"] = _for_each_output(weight.zero_point, weight)
+            options["zero_point"] = per_row(weight.zero_point, weight)
         return grouped.grouped_gemm(x, weight.values, group_sizes, **options)
     return grouped.grouped_gemm(x, dequantize(weight, x.dtype.name), group_sizes, **options)
-
-
-def _grouped_takes(dtype: jnp.dtype) -> bool:
-    return dtype in (jnp.int4, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
-
-
-def _for_each_output(x: jax.Array, weight: QArray) -> jax.Array:
-    """[..., out / rows of a block, groups] -> [..., out, groups]."""
-    return jnp.repeat(x, weight.shape[-2] // x.shape[-2], axis=-2)
 
 
 def argmax(logits: jax.Array) -> jax.Array:

@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from qjax import numerics
-from qjax.errors import ConfigError, DataError, one_of
-
-ACT_GRANULARITIES = ("per_tensor", "per_token")
+from qjax.blocks import block_for as block_for
+from qjax.blocks import blocked, spread, unblocked
+from qjax.blocks import scale_shape as scale_shape
+from qjax.errors import ConfigError, DataError
+from qjax.invariants import ACT_GRANULARITIES as ACT_GRANULARITIES
+from qjax.invariants import check_scale_dtype
+from qjax.invariants import validate as validate
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["scale", "pre_scale", "perm"],
-    meta_fields=["format", "granularity"],
+    meta_fields=["format", "granularity", "group_size", "scale_dtype", "scale_rule"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class InputSpec:
@@ -25,11 +29,16 @@ class InputSpec:
     In this order: x = x[..., perm]; x = x * pre_scale; x is quantized to `format`.
 
     Attributes:
-      scale: static scale, float32 scalar; None: computed from x at run time (dynamic).
+      scale: static scale, float32 scalar; None: computed from x at run time (dynamic). Beside
+        scales in e4m3 it is the global one; None: each token has its own.
       pre_scale: [in], what AWQ and SmoothQuant move between activations and weights; None: ones.
       perm: int32 [in], the activation order of GPTQ; None: identity.
       format: a name of numerics.FORMATS; None: x stays in its own type (weight-only).
-      granularity: 'per_tensor' (one scale for all of x) or 'per_token' (one for each row of x).
+      granularity: 'per_tensor' (one scale for all of x), 'per_token' (one for each row of x) or
+        'per_group' (one for `group_size` features of a row, the last ones fewer).
+      group_size: for per_group, else -1.
+      scale_dtype: what scales are rounded to, one of numerics.SCALE_DTYPES.
+      scale_rule: see numerics.scale_from_amax.
     """
 
     scale: Any = None
@@ -37,6 +46,9 @@ class InputSpec:
     perm: Any = None
     format: str | None = None
     granularity: str = "per_token"
+    group_size: int = -1
+    scale_dtype: str = "float32"
+    scale_rule: str = "absmax"
 
 
 @partial(
@@ -54,6 +66,8 @@ class QArray:
         them are stacked matrices.
       - one scale covers a block of `block` = (rows, columns) of the last two axes, -1 meaning
         the whole axis, so scale.shape[-2:] == values.shape[-2:] / block, leading axes equal.
+        Blocks of several rows and several columns may be cut at the edges (rounded up), others
+        divide their axes.
       - zero_point, if any, has the shape of scale, and a format's storage dtype.
       - static fields are strings and integers only: they take part in jit's cache key.
 
@@ -61,13 +75,14 @@ class QArray:
 
     Attributes:
       values: [..., out, in] (axis -1) or [..., in, out] (axis -2), dtype of `format`.
-      scale: float32 or bfloat16.
+      scale: in a dtype of numerics.SCALE_DTYPES.
       zero_point: for asymmetric formats.
-      global_scale: float32 scalar, a second level of scale (nvfp4).
+      global_scale: float32, one for each matrix ([] or the leading axes), a second level of scale
+        (nvfp4).
       input: what a product with this weight does to its activations; None: nothing.
       format: name in numerics.FORMATS.
       block: (rows, columns) one scale covers; -1: the whole axis. (1, -1) is per-channel,
-        (1, 128) group-wise with group_size 128, (-1, -1) per-tensor.
+        (1, 128) group-wise with group_size 128, (128, 128) block-wise, (-1, -1) per-tensor.
       dtype: name of the dtype that `dequantize` gives, the array's dtype before.
       axis: the contracting axis, -1 ([out, in], ours and Hugging Face's) or -2 ([in, out]).
       layout: 'canonical'; prepared device layouts have other names.
@@ -108,49 +123,16 @@ def is_qarray(x: object) -> TypeGuard[QArray]:
     return isinstance(x, QArray)
 
 
-def block_for(granularity: str, group_size: int, axis: int) -> tuple[int, int]:
-    """The `block` of a granularity: 'per_tensor', 'per_channel' or 'per_group'.
-
-    >>> block_for("per_group", 128, -1), block_for("per_channel", -1, -2)
-    ((1, 128), (-1, 1))
-    """
-    one_of("granularity", granularity, ("per_tensor", "per_channel", "per_group"))
-    if granularity == "per_tensor":
-        return (-1, -1)
-    along = group_size if granularity == "per_group" else -1
-    return (1, along) if axis == -1 else (along, 1)
+def is_cut(q: QArray) -> bool:
+    """Whether blocks at the edges are smaller than the others."""
+    return any(n > 1 and size % n for size, n in zip(q.shape[-2:], q.block, strict=True))
 
 
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of an array of `shape`.
-
-    Raises:
-      ConfigError: if a block does not divide its axis, naming both.
-    """
-    if len(shape) < 2:
-        raise ConfigError(f"an array of shape {shape} cannot be quantized: it needs two axes")
-    blocks = []
-    for size, length in zip(shape[-2:], block, strict=True):
-        length = size if length == -1 else length
-        if length < 1 or size % length:
-            raise ConfigError(
-                f"group size {length} does not divide an axis of {size} (array {shape}); choose a "
-                f"divisor of {size}, or -1 for one scale per channel"
-            )
-        blocks.append(size // length)
-    return (*shape[:-2], *blocks)
-
-
-def _blocked(x: jax.Array, scales: tuple[int, ...]) -> jax.Array:
-    """[..., R, C] -> [..., r, R/r, c, C/c] for a scale array of shape [..., r, c]."""
-    rows, columns = scales[-2:]
-    lead = x.shape[:-2]
-    return x.reshape(*lead, rows, x.shape[-2] // rows, columns, x.shape[-1] // columns)
-
-
-def _spread(scale: jax.Array) -> jax.Array:
-    """[..., r, c] -> [..., r, 1, c, 1], to broadcast against `_blocked`."""
-    return scale[..., :, None, :, None]
+def per_row(x: jax.Array, q: QArray) -> jax.Array:
+    """Scales or zero points of q, one for each row: [..., r, c] -> [..., R, c]."""
+    rows = q.shape[-2]
+    each = rows if q.block[0] == -1 else q.block[0]
+    return jnp.repeat(x, each, axis=-2)[..., :rows, :]
 
 
 def quantize_array(
@@ -163,27 +145,33 @@ def quantize_array(
     scale_rule: str = "absmax",
     scale_dtype: str = "float32",
     input: InputSpec | None = None,
+    global_amax: jax.Array | None = None,
 ) -> QArray:
     """Quantize an array, every number rounded to nearest.
 
     symmetric:  s = scale_rule(max |x|),      q = round(x / s)
     asymmetric: s = (max - min) / (2^b - 1),  z = round(qmin - min / s),  q = round(x / s) + z,
     with the range widened to contain 0, so that 0 is exact. The scale is rounded to its storage
-    dtype before it divides, so that what is stored is what was rounded against.
+    dtype before it divides, so that what is stored is what was rounded against. Beside scales in
+    e4m3 there is a global one, and s is the product of both (numerics.global_scale).
 
     Args:
       x: floating point [..., R, C].
       format: name in numerics.FORMATS.
       block: (rows, columns) one scale covers; -1 is the whole axis.
       axis: the contracting axis of x as a weight, -1 or -2; recorded, not used here.
-      scale_dtype: 'float32' or 'bfloat16'.
+      scale_dtype: one of numerics.SCALE_DTYPES: float32, bfloat16; with float formats also
+        float8_e4m3fn and float8_e8m0fnu, which wants a scale_rule that gives powers of 2.
       input: recorded in the result.
+      global_amax: float32 [...], the largest magnitude that the global scale covers, for matrices
+        that share it; None: that of each matrix.
 
     Returns:
       a QArray whose `dequantize` has the shape and dtype of x.
 
     Raises:
-      ConfigError: unknown format or rule, a block that does not divide, an asymmetric float.
+      ConfigError: unknown format or rule, a block that does not divide, an asymmetric float, a
+        scale_dtype that does not go with the format or the rule.
       DataError: x is not floating point.
 
     >>> q = quantize_array(jnp.array([[0.0, 0.5, -1.0, 7.0]]), "int4")
@@ -191,28 +179,29 @@ def quantize_array(
     ([[0, 0, -1, 7]], [[1.0]])
     """
     fmt = numerics.get_format(format)
-    one_of("scale dtype", scale_dtype, ("float32", "bfloat16"))
+    check_scale_dtype(scale_dtype, scale_rule, fmt, symmetric)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise DataError(f"an array of {x.dtype} cannot be quantized; it must be floating point")
     if axis not in (-1, -2):
         raise ConfigError(f"axis {axis} cannot contract; choose -1 ([out, in]) or -2 ([in, out])")
-    shape = scale_shape(x.shape, block)
-    blocks = _blocked(x.astype(jnp.float32), shape)
-    zero_point = None
+    scale_shape(x.shape, block)
+    blocks = blocked(x.astype(jnp.float32), block)
+    zero_point = total = None
     if symmetric:
         amax = jnp.max(jnp.abs(blocks), axis=(-3, -1))
-        step = numerics.scale_from_amax(amax, fmt, scale_rule)
-        step = numerics.representable(step, scale_dtype)
-        scaled, zero_point = numerics.divide(blocks, _spread(step)), None
+        scale, total = _symmetric_scales(amax, fmt, scale_rule, scale_dtype, global_amax)
+        step = scale if total is None else scale * total[..., None, None]
+        scaled = numerics.divide(blocks, spread(step))
     else:
-        step, zero_point = _asymmetric_grid(blocks, fmt, scale_dtype)
-        zero = _spread(zero_point.astype(jnp.float32))
+        scale, zero_point = _asymmetric_grid(blocks, fmt, scale_dtype)
+        zero = spread(zero_point.astype(jnp.float32))
         # Round before the shift: the zero point is exact, and ties stay half to even in x / s.
-        scaled = jnp.round(numerics.divide(blocks, _spread(step))) + zero
+        scaled = jnp.round(numerics.divide(blocks, spread(scale))) + zero
     q = QArray(
-        values=numerics.round_to_format(scaled, fmt).reshape(x.shape),
-        scale=step.astype(scale_dtype),
+        values=unblocked(numerics.round_to_format(scaled, fmt), x.shape),
+        scale=scale.astype(scale_dtype),
         zero_point=zero_point,
+        global_scale=total,
         input=input,
         format=format,
         block=block,
@@ -221,6 +210,22 @@ def quantize_array(
     )
     validate(q)
     return q
+
+
+def _symmetric_scales(
+    amax: jax.Array,
+    fmt: numerics.Format,
+    rule: str,
+    scale_dtype: str,
+    global_amax: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scales, float32 but representable in scale_dtype, and the global ones beside them."""
+    if scale_dtype != numerics.TWO_LEVELS:
+        scale = numerics.scale_from_amax(amax, fmt, rule)
+        return numerics.representable(scale, scale_dtype), None
+    covered = jnp.max(amax, axis=(-2, -1)) if global_amax is None else global_amax
+    total = numerics.global_scale(covered, fmt)
+    return numerics.scale_beside(total[..., None, None], amax, fmt), total
 
 
 def _asymmetric_grid(
@@ -256,13 +261,16 @@ def dequantize(q: QArray, dtype: str | None = None) -> jax.Array:
     """
     if q.layout != "canonical":
         raise ConfigError(f"layout {q.layout!r} is a device layout; dequantize needs 'canonical'")
-    blocks = _blocked(q.values.astype(jnp.float32), q.scale.shape)
+    blocks = blocked(q.values.astype(jnp.float32), q.block)
     if q.zero_point is not None:
-        blocks = blocks - _spread(q.zero_point.astype(jnp.float32))
+        blocks = blocks - spread(q.zero_point.astype(jnp.float32))
+    return unblocked(blocks * spread(full_scale(q)), q.shape).astype(dtype or q.dtype)
+
+
+def full_scale(q: QArray) -> jax.Array:
+    """scale * global_scale, float32, of the shape of q.scale."""
     scale = q.scale.astype(jnp.float32)
-    if q.global_scale is not None:
-        scale = scale * q.global_scale
-    return (blocks * _spread(scale)).reshape(q.shape).astype(dtype or q.dtype)
+    return scale if q.global_scale is None else scale * q.global_scale[..., None, None]
 
 
 def bits_of(x: Any) -> int:
@@ -279,60 +287,3 @@ def _bits_each(dtype: Any) -> int:
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.finfo(dtype).bits
     return 8 * dtype.itemsize  # bool, complex, PRNG keys
-
-
-def validate(q: QArray, name: str = "QArray") -> None:
-    """Raise DataError if q breaks an invariant of its class; concrete or abstract arrays.
-
-    Args:
-      name: what the message calls q, usually its path.
-    """
-    try:
-        fmt = numerics.get_format(q.format)
-        expected = scale_shape(q.shape, q.block)
-    except ConfigError as error:
-        raise DataError(f"{name}: {error}") from error
-    if q.axis not in (-1, -2):
-        raise DataError(f"{name}: axis is {q.axis}; it must be -1 or -2")
-    if q.values.dtype != fmt.dtype:
-        raise DataError(f"{name}: values are {q.values.dtype}, but {q.format} needs {fmt.dtype}")
-    for field, kind in (("scale", jnp.floating), ("zero_point", jnp.integer)):
-        array = getattr(q, field)
-        if array is None:
-            continue
-        if array.shape != expected:
-            raise DataError(
-                f"{name}: {field} has shape {array.shape}; values {q.shape} in blocks of "
-                f"{q.block} need {expected}"
-            )
-        if not jnp.issubdtype(array.dtype, kind):
-            raise DataError(f"{name}: {field} is {array.dtype}, not {kind.__name__}")
-    if q.global_scale is not None and q.global_scale.shape != ():
-        raise DataError(f"{name}: global_scale has shape {q.global_scale.shape}, not ()")
-    if q.input is not None:
-        if q.input.format is not None:
-            _validate_input_format(q, name)
-        features = q.shape[q.axis]
-        for field in ("pre_scale", "perm"):
-            array = getattr(q.input, field)
-            if array is not None and array.shape != (features,):
-                raise DataError(f"{name}: {field} has shape {array.shape}, not ({features},)")
-
-
-def _validate_input_format(q: QArray, name: str) -> None:
-    """Products of two quantized operands take no zero points, and few take groups."""
-    assert q.input is not None
-    groups = numerics.PRODUCTS.get((q.format, str(q.input.format)))
-    if groups is None:
-        raise DataError(
-            f"{name}: activations in {q.input.format!r} meet a weight in {q.format!r}; no product "
-            f"takes these, but {numerics.known_products()}"
-        )
-    per_channel = (1, -1) if q.axis == -1 else (-1, 1)
-    if (not groups and q.block not in (per_channel, (-1, -1))) or q.zero_point is not None:
-        raise DataError(
-            f"{name}: activations in {q.input.format!r} need a symmetric {q.format} weight"
-            f"{'' if groups else ' with one scale a channel or a matrix'}, not blocks of {q.block} "
-            f"with zero_point {q.zero_point is not None}"
-        )
-    one_of("act_granularity", q.input.granularity, ACT_GRANULARITIES, DataError)

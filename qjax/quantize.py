@@ -11,7 +11,7 @@ import numpy as np
 from qjax.algorithms.rtn import rtn
 from qjax.assign import Assignment, assign
 from qjax.config import QuantConfig
-from qjax.errors import DataError
+from qjax.errors import ConfigError, DataError
 from qjax.qarray import QArray, dequantize, is_qarray
 from qjax.tree import map_named, named_leaves
 
@@ -41,7 +41,7 @@ def quantize(
       the tree of params, chosen leaves replaced; all others are the same objects.
 
     Raises:
-      ConfigError: the recipe does not fit the tree (see `plan`).
+      ConfigError: the recipe does not fit the tree (see `plan`), or runs block by block.
       DataError: statistics are missing, or a weight holds NaN or infinity. Under jit the second
         is not checked: there only structure is known.
 
@@ -50,6 +50,7 @@ def quantize(
     >>> q["weight"].format, q["weight"].scale.shape
     ('int8', (4, 1))
     """
+    require_plain(cfg)
     assigned = assign(params, cfg)
     leaves = dict(named_leaves(params))
     features = {name: leaves[name].shape[how.axis] for name, how in assigned.items()}
@@ -71,13 +72,22 @@ def quantize(
     return map_named(convert, params)
 
 
-_METHODS = {"rtn": rtn}
-
-
 @partial(jax.jit, static_argnames="how")
 def quantize_leaf(weight: jax.Array, how: Assignment, input_amax: jax.Array | None) -> QArray:
-    """Quantize one weight by its assignment. Jitted: equal shapes compile once."""
-    return _METHODS[how.rule.method](weight, how.rule, how.axis, input_amax)
+    """One weight in the format of its assignment, rounded to nearest whatever its method.
+
+    Jitted: equal shapes compile once.
+    """
+    return rtn(weight, how.rule, how.axis, input_amax)
+
+
+def require_plain(cfg: QuantConfig) -> None:
+    """Raise ConfigError if a recipe runs block by block, which takes a model and not a tree."""
+    if cfg.needs_blocks:
+        raise ConfigError(
+            f"the recipe {cfg.name!r} calibrates block by block, which takes a model: call "
+            "qjax.quantize_model(lm, cfg, data), or qjax quantize on the command line"
+        )
 
 
 def dequantize_tree(params: Any) -> Any:

@@ -9,12 +9,12 @@ import dataclasses
 import hashlib
 import platform
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qjax.config import CalibConfig
 from qjax.errors import DataError
 
 # Never trained on, nor vendored copies of them (recognised by content). Modules of many kinds and
@@ -169,10 +169,7 @@ def token_windows(text: Text, tokenizer: Any, *, count: int, seq_len: int) -> np
     """
     if count < 1 or seq_len < 2:
         raise DataError(f"{count} windows of {seq_len} tokens: need 1 or more of 2 or more tokens")
-    windows = []
-    for document in text.documents:
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        windows += [ids[at : at + seq_len] for at in range(0, len(ids) - seq_len + 1, seq_len)]
+    windows = windows_of(text.documents, tokenizer, seq_len)
     if len(windows) < count:
         raise DataError(
             f"the text holds {len(windows)} windows of {seq_len} tokens, not {count}; ask for fewer"
@@ -181,7 +178,10 @@ def token_windows(text: Text, tokenizer: Any, *, count: int, seq_len: int) -> np
     return np.asarray([windows[i] for i in chosen], np.int32)
 
 
-def calibration_batches(tokenizer: Any, calib: CalibConfig) -> list[np.ndarray]:
-    """Calibration text as batches of token ids, int32 [batch_size, seq_len] each."""
-    windows = token_windows(calibration(), tokenizer, count=calib.samples, seq_len=calib.seq_len)
-    return [windows[at : at + calib.batch_size] for at in range(0, len(windows), calib.batch_size)]
+def windows_of(documents: Iterable[str], tokenizer: Any, seq_len: int) -> list[list[int]]:
+    """All windows of `seq_len` tokens, document by document; see `token_windows`."""
+    windows = []
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        windows += [ids[at : at + seq_len] for at in range(0, len(ids) - seq_len + 1, seq_len)]
+    return windows

@@ -12,15 +12,24 @@ import numpy as np
 # Unit roundoff: the largest relative error of one rounding to nearest.
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 
-INTEGERS = {"int4": (-8, 7), "int8": (-128, 127)}
+INTEGERS = {f"int{bits}": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in range(2, 9)}
 # name -> exponent bits, mantissa bits, bias, bit patterns at the top that are not finite numbers.
-FLOATS = {"fp8_e4m3": (4, 3, 7, 1), "fp8_e5m2": (5, 2, 15, 4)}
+FLOATS = {"fp4_e2m1": (2, 1, 1, 0), "fp8_e4m3": (4, 3, 7, 1), "fp8_e5m2": (5, 2, 15, 4)}
 FORMATS = (*INTEGERS, *FLOATS)
+# One of each kind: tests of what has nothing to do with the number of bits take these.
+COMMON = ("int4", "int8", "fp8_e4m3", "fp8_e5m2")
+
+
+DTYPES = {
+    "float4_e2m1fn": "fp4_e2m1",
+    "float8_e4m3fn": "fp8_e4m3",
+    "float8_e5m2": "fp8_e5m2",
+}
 
 
 @cache
-def float8_table(name: str) -> np.ndarray:
-    """The finite numbers >= 0 of an 8-bit float; the index of each is its bit pattern."""
+def float_table(name: str) -> np.ndarray:
+    """The finite numbers >= 0 of a narrow float; the index of each is its bit pattern."""
     exponent_bits, mantissa_bits, bias, not_finite = FLOATS[name]
     numbers = []
     for exponent in range(2**exponent_bits):
@@ -30,7 +39,7 @@ def float8_table(name: str) -> np.ndarray:
                 numbers.append(fraction * 2.0 ** (1 - bias))
             else:
                 numbers.append((1 + fraction) * 2.0 ** (exponent - bias))
-    return np.array(numbers[:-not_finite])
+    return np.array(numbers[: len(numbers) - not_finite])
 
 
 @cache
@@ -40,7 +49,7 @@ def grid(name: str) -> tuple[np.ndarray, np.ndarray]:
         low, high = INTEGERS[name]
         numbers = np.arange(low, high + 1)
         return numbers.astype(np.float64), numbers % 2 == 0
-    positive = float8_table(name)
+    positive = float_table(name)
     even = np.arange(len(positive)) % 2 == 0
     return np.concatenate([-positive[:0:-1], positive]), np.concatenate([even[:0:-1], even])
 
@@ -58,15 +67,18 @@ def round_to(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def decode(values: np.ndarray) -> np.ndarray:
-    """float64 numbers of an integer, float or 8-bit float array; 8-bit floats by bit pattern."""
+    """float64 numbers of an integer, float or narrow float array; narrow floats by bit pattern."""
     values = np.asarray(values)
-    name = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}.get(values.dtype.name)
+    if values.dtype.name == "float8_e8m0fnu":
+        bits = values.view(np.uint8)
+        return np.where(bits == 255, np.nan, 2.0 ** (bits.astype(np.float64) - 127))
+    name = DTYPES.get(values.dtype.name)
     if name is None:
         return values.astype(np.float64)
-    bits = values.view(np.uint8)
-    table = np.full(128, np.nan)
-    table[: len(float8_table(name))] = float8_table(name)
-    return np.where(bits >= 128, -1.0, 1.0) * table[bits % 128]
+    bits, sign = values.view(np.uint8), 2 ** sum(FLOATS[name][:2])
+    table = np.full(sign, np.nan)
+    table[: len(float_table(name))] = float_table(name)
+    return np.where(bits >= sign, -1.0, 1.0) * table[bits % sign]
 
 
 def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -115,6 +127,24 @@ def scales(
             steps = numbers[-1] - numbers[0]
         out[index] = span / steps if span > 0 else 1
     return out
+
+
+def power_of_two(amax: np.ndarray, name: str, rule: str) -> np.ndarray:
+    """The scale of blocks with these magnitudes, a power of 2; 1 for zeros.
+
+    floor: the exponent of amax less that of the largest number. even: of amax rounded to the
+    mantissa of the format. rceil: the first power of 2 that reaches amax / largest number.
+    """
+    _, mantissa_bits, _, _ = FLOATS[name]
+    top = grid(name)[0][-1]
+    if rule == "rceil":
+        _, exponent = np.frexp(amax / top)
+        exponent = exponent - (2.0 ** (exponent - 1) * top >= amax)
+    else:
+        half_a_place = 2.0 ** -(mantissa_bits + 2)  # of mantissas in 1/2..1
+        mantissa, exponent = np.frexp(amax)
+        exponent = exponent + ((rule == "even") & (mantissa + half_a_place >= 1)) - np.frexp(top)[1]
+    return np.where(amax > 0, 2.0**exponent, 1)
 
 
 def quantize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import tiny_lm, token_batches
+from tiny import PLAIN, tiny_lm, token_batches
 
 import qjax
 from qjax.checkpoint import orbax
@@ -34,7 +34,7 @@ def bits(tree) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("preset", sorted(qjax.PRESETS))
+@pytest.mark.parametrize("preset", PLAIN)
 def test_restored_equals_saved_bit_for_bit(tmp_path, preset):
     lm = quantized(preset)
     lm.save(tmp_path / "q")
@@ -54,6 +54,45 @@ def test_variants_of_int4_round_trip(tmp_path, changes):
     lm = quantized("int4_wo", **changes)
     lm.save(tmp_path / "q")
     assert bits(qjax.load(tmp_path / "q").split()[1]) == bits(lm.split()[1])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_numbers_take_their_bits_on_disk(tmp_path, bits, symmetric):
+    """Not more; 13 columns fill no whole byte."""
+    rng = np.random.default_rng(bits)
+    rule = qjax.Rule(
+        path=".*", weight=f"int{bits}", granularity="per_group", group_size=128, symmetric=symmetric
+    )
+    odd = qjax.Rule(path="odd", weight=f"int{bits}", symmetric=symmetric)
+    tree = {
+        "weight": jnp.asarray(rng.uniform(-1, 1, (512, 1024)), jnp.float32),
+        "odd": {"weight": jnp.asarray(rng.uniform(-1, 1, (7, 13)), jnp.float32)},
+    }
+    tree = qjax.quantize(tree, qjax.QuantConfig(rules=[odd, rule]))
+    qjax.save(tmp_path / "q", tree)
+    assert trees_equal(qjax.restore(tmp_path / "q", tree), tree)
+    record = json.loads((tmp_path / "q" / FILE).read_text())["leaves"]["weight"]["parts"]["values"]
+    assert record.get("bits") == (bits if bits not in (2, 4) else None)
+    on_disk = sum(f.stat().st_size for f in (tmp_path / "q" / orbax.ARRAYS).rglob("*"))
+    # A scale of 16 bits, and a zero point, every 128 weights. The rest is Orbax's, which no byte a
+    # number would fit into: 64 KiB for each bit.
+    exact = bits + (16 if symmetric else 16 + bits) / 128
+    assert on_disk <= exact * 512 * 1024 / 8 + 24 * 1024
+
+
+def test_checkpoints_written_before_activations_had_groups(tmp_path):
+    """Their records say format and granularity alone."""
+    leaf = qjax.quantize({"weight": jnp.eye(4, 8)}, qjax.preset("int8"))["weight"]
+    qjax.save(tmp_path / "q", {"weight": leaf})
+
+    def older(data):
+        fields = data["leaves"]["weight"]["input"]
+        for name in ("group_size", "scale_dtype", "scale_rule"):
+            fields.pop(name)
+
+    edit(tmp_path / "q", older)
+    assert trees_equal(qjax.restore(tmp_path / "q")["weight"], leaf)
 
 
 def test_all_parts_of_a_leaf_round_trip(tmp_path):
@@ -249,6 +288,7 @@ LEAF = "layers.0.mlp.up_proj.weight"
         (lambda d: d["leaves"][LEAF].update(format="int8"), f"{LEAF}.*needs int8"),
         (lambda d: d["leaves"][LEAF].update(format="nf4"), "unknown format 'nf4'"),
         (lambda d: d["leaves"][LEAF]["parts"]["values"].update(dtype="int8"), "does not hold"),
+        (lambda d: d["leaves"][LEAF]["parts"]["values"].update(bits=3), "int4 is not packed in 3"),
         (lambda d: d["leaves"][LEAF]["parts"]["scale"].update(shape=[256, 2]), "does not hold"),
         (lambda d: d["leaves"][LEAF]["parts"]["scale"].update(dtype="no"), "damaged at array"),
         (lambda d: d["leaves"][LEAF].pop("block"), "damaged"),

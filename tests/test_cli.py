@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 from conftest import ROOT
 
@@ -57,6 +58,37 @@ def test_static_activations_are_calibrated(capsys, tmp_path):
     leaf = qjax.restore(out)["layers.0.mlp.up_proj.weight"]
     assert leaf.input.format == "fp8_e4m3"
     assert float(leaf.input.scale) > 0
+
+
+@pytest.mark.heavy
+def test_block_by_block(capsys, tmp_path):
+    """From disk to disk and in memory: the same checkpoint, and a report."""
+    arguments = ["--preset", "int8_sq", "--kv", "fp8", "--calib-samples", "2",
+                 "--calib-seq-len", "32", "--calib-batch-size", "2"]  # fmt: skip
+    outs = [tmp_path / "streamed", tmp_path / "loaded"]
+    for out, how in zip(outs, (["--stream", "--spill"], []), strict=True):
+        summary = run_json(capsys, "quantize", *arguments, "--out", out, *how)
+        assert summary["recipe"]["kv"] == "fp8_e4m3"
+        rows = summary["report"]["weights"]
+        assert len(rows) == 49
+        assert {row["method"] for row in rows} == {"smoothquant+rtn"}
+        assert summary["report"]["tokens"] == 64
+    a, b = (qjax.restore(out) for out in outs)
+    assert a.keys() == b.keys()
+    assert "layers.0.self_attn.k_scale" in a
+    for name in a:
+        for x, y in zip(jax.tree.leaves(a[name]), jax.tree.leaves(b[name]), strict=True):
+            assert bool((x == y).all()), name
+    code, out, _ = run(
+        capsys, "quantize", "--preset", "int4_wo", "--group-size", 3, "--skip-misfits", "--plan"
+    )
+    assert code == 2  # no weight of the model is left
+    text = tmp_path / "text.txt"
+    text.write_text("def add(a, b):\n    return a + b\n" * 40)
+    arguments = ["--preset", "fp8", "--calib", text, "--calib-samples", 2, "--calib-seq-len", 16]
+    code, out, _ = run(capsys, "quantize", *arguments, "--out", tmp_path / "fp8")
+    assert code == 0
+    assert "49 weights quantized (49 by rtn), 32 tokens" in out
 
 
 def test_a_recipe_from_a_file(capsys, tmp_path):
@@ -145,6 +177,8 @@ def test_tables(capsys):
     assert "weight_only_gemm" in out
     assert "mosaic: it needs an NVIDIA GPU of compute capability 9.0, not cpu (" in out
     assert "no tuned table for this device" in out
+    assert "nvfp4: Hopper's tensor cores do not multiply fp4_e2m1 in groups of 16: the input" in out
+    assert "\nnvfp4_wo: " not in out  # which a kernel takes
 
 
 @pytest.mark.parametrize(
@@ -156,6 +190,15 @@ def test_tables(capsys):
         (["quantize", "--preset", "int4_wo", "--group-size", "100", "--plan"], "does not divide"),
         (["quantize", "--preset", "int8", "--ignore", "nothing", "--plan"], "no weight matches"),
         (["quantize", "--preset", "int8", "--calib-samples", "0", "--plan"], "samples is 0"),
+        (
+            ["quantize", "--preset", "int4_gptq", "--calib", "nothing", "--out", "x"],
+            "no calibration",
+        ),
+        (
+            ["quantize", "--preset", "int8", "--stream", "--model", "nowhere", "--out", "x"],
+            "nowhere",
+        ),
+        (["quantize", "--config", "x.json", "--kv", "fp8", "--plan"], "go with --preset"),
         (["generate", "--prompt", ""], "prompt 0 is empty"),
         (["generate", "--prompt", "x" * 9999], "does not fit the model's context of 1024"),
         (["generate", "--prompt", "x", "--top-p", "2"], "top_p is 2.0"),

@@ -12,10 +12,13 @@ from qjax.config import CalibConfig, QuantConfig, Rule
 from qjax.errors import ConfigError
 from qjax.presets import ALIASES, PRESETS, preset
 
-FORMATS = ("fp8_e4m3", "fp8_e5m2", "int4", "int8")
+INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
+FORMATS = ("fp4_e2m1", "fp8_e4m3", "fp8_e5m2", *INTEGERS)
 # What the activations of a weight may be.
-ACTS = {"int4": "fp8_e4m3"} | {name: name for name in ("fp8_e4m3", "fp8_e5m2", "int8")}
-PAIRS = [f"{weight} with {act}" for weight, act in ACTS.items()]
+ACTS = {"int4": "fp8_e4m3"} | {name: name for name in ("fp8_e4m3", "fp8_e5m2", "int8", "fp4_e2m1")}
+PAIRS = [f"{weight} with {act}" for weight, act in [*ACTS.items(), ("fp4_e2m1", "fp8_e4m3")]]
+SCALE_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu")
+DECODED = ("int4", "fp4_e2m1")  # whose groups need no groups of activations
 
 
 def names_all(error, *words):
@@ -35,27 +38,45 @@ patterns = st.one_of(
 @st.composite
 def rules(draw):
     """Any rule that is valid."""
-    granularity = draw(st.sampled_from(["per_tensor", "per_channel", "per_group"]))
+    granularity = draw(st.sampled_from(["per_tensor", "per_channel", "per_group", "per_block"]))
+    grouped = granularity in ("per_group", "per_block")
     settings = {
         "path": draw(patterns),
         "weight": draw(st.sampled_from([None, *FORMATS])),
         "granularity": granularity,
-        "group_size": draw(st.integers(1, 512)) if granularity == "per_group" else -1,
+        "group_size": draw(st.integers(1, 512)) if grouped else -1,
         "scale_dtype": draw(st.sampled_from([None, "float32", "bfloat16"])),
         "contract_axis": draw(st.sampled_from([None, -1, -2])),
     }
-    if settings["weight"] in ("int4", "int8"):
+    if settings["weight"] in INTEGERS:
         settings["symmetric"] = draw(st.booleans())
         if settings["symmetric"]:
             settings["scale_rule"] = draw(st.sampled_from(["absmax", "absmax_half"]))
-    quantizable = settings["weight"] == "int4" or granularity != "per_group"
-    quantizable = quantizable and settings["weight"] is not None and settings.get("symmetric", True)
-    if quantizable and draw(st.booleans()):
-        settings["act"] = ACTS[settings["weight"]]
-        settings["act_granularity"] = draw(st.sampled_from(["per_token", "per_tensor"]))
-        if settings["act_granularity"] == "per_tensor":
-            settings["act_scale"] = draw(st.sampled_from(["dynamic", "static"]))
+    elif settings["weight"] is not None and draw(st.booleans()):
+        settings["scale_dtype"] = draw(st.sampled_from(["float8_e4m3fn", "float8_e8m0fnu"]))
+        if settings["scale_dtype"] == "float8_e8m0fnu":
+            settings["scale_rule"] = draw(st.sampled_from(["floor", "rceil", "even"]))
+    if settings["weight"] in ACTS and settings.get("symmetric", True) and draw(st.booleans()):
+        settings |= draw(activations(settings))
     return Rule(**settings)
+
+
+@st.composite
+def activations(draw, settings):
+    """Settings of activations that a weight with `settings` may meet."""
+    size, weight = settings["group_size"], settings["weight"]
+    granularities = ["per_token", "per_tensor"] if size == -1 or weight in DECODED else []
+    granularity = draw(st.sampled_from([*granularities, *(["per_group"] if size != -1 else [])]))
+    chosen = {"act": ACTS[weight], "act_granularity": granularity}
+    if granularity == "per_group":
+        chosen["act_group_size"] = size
+    floats = ["float8_e4m3fn"] if weight not in INTEGERS else []
+    if settings.get("scale_rule") in ("floor", "rceil", "even"):
+        floats.append("float8_e8m0fnu")
+    chosen["act_scale_dtype"] = draw(st.sampled_from(["float32", "bfloat16", *floats]))
+    if granularity == "per_tensor" or chosen["act_scale_dtype"] == "float8_e4m3fn":
+        chosen["act_scale"] = draw(st.sampled_from(["dynamic", "static"]))
+    return chosen
 
 
 configs = st.builds(
@@ -98,13 +119,33 @@ def test_every_field_survives_json():
         act="int8",
         act_granularity="per_tensor",
         act_scale="static",
+        observer="mse",
+    )
+    small = Rule(
+        path="d",
+        weight="fp4_e2m1",
+        granularity="per_group",
+        group_size=16,
+        act="fp4_e2m1",
+        act_granularity="per_group",
+        act_group_size=16,
+        act_scale_dtype="float8_e4m3fn",
+    )
+    method = Rule(
+        path="e",
+        weight="int4",
+        method="gptq",
+        scaling="awq",
+        alpha=0.25,
+        range_search="clip",
+        act_order=True,
+        damping=0.5,
     )
     default = Rule(path="c")
+    rules = [group, static, small, method, default]
     for field in dataclasses.fields(Rule):
-        if field.name != "method":  # there is one method
-            values = {getattr(rule, field.name) for rule in (group, static, default)}
-            assert len(values) > 1, field.name
-    cfg = QuantConfig(rules=[group, static, default], ignore=["d"], name="mine")
+        assert len({getattr(rule, field.name) for rule in rules}) > 1, field.name
+    cfg = QuantConfig(rules=rules, ignore=["d"], name="mine")
     assert QuantConfig.from_json(cfg.to_json()) == cfg
     assert json.loads(cfg.to_json())["ignore"] == ["d"]
 
@@ -183,23 +224,30 @@ def test_recipes_with_scalars_for_lists(data):
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("weight", "int3", FORMATS),
+        ("weight", "int9", FORMATS),
         ("weight", "INT8", FORMATS),
         ("weight", 8, FORMATS),
-        ("granularity", "per_block", ("per_tensor", "per_channel", "per_group")),
-        ("granularity", None, ("per_tensor", "per_channel", "per_group")),
-        ("scale_rule", "mse", ("absmax", "absmax_half")),
-        ("scale_dtype", "float16", ("float32", "bfloat16")),
+        ("granularity", "per_row", ("per_tensor", "per_channel", "per_group", "per_block")),
+        ("granularity", None, ("per_tensor", "per_channel", "per_group", "per_block")),
+        ("scale_rule", "mse", ("absmax", "absmax_half", "floor", "rceil", "even")),
+        ("scale_dtype", "float16", SCALE_DTYPES),
+        ("act_scale_dtype", "float16", SCALE_DTYPES),
+        ("act_scale_dtype", None, SCALE_DTYPES),
         ("act", "fp16", FORMATS),
-        ("act_granularity", "per_channel", ("per_token", "per_tensor")),
+        ("act_granularity", "per_channel", ("per_token", "per_tensor", "per_group")),
         ("act_scale", "running", ("dynamic", "static")),
-        ("method", "magic", ("rtn",)),
+        ("method", "magic", ("rtn", "gptq")),
+        ("scaling", "magic", ("awq", "smoothquant")),
+        ("range_search", "magic", ("clip", "imatrix", "mse")),
+        ("observer", "max", ("amax", "entropy", "mse", "percentile")),
         ("contract_axis", 0, ("-1", "-2", "None")),
         ("contract_axis", "in", ("-1", "-2", "None")),
         ("group_size", 0, ("positive integer", "-1")),
         ("group_size", -2, ("positive integer", "-1")),
         ("group_size", 64.0, ("positive integer", "-1")),
         ("group_size", "128", ("positive integer", "-1")),
+        ("act_group_size", 0, ("positive integer", "-1")),
+        ("act_group_size", True, ("positive integer", "-1")),
     ],
 )
 def test_unknown_values_are_named_with_the_allowed(field, value, allowed):
@@ -243,6 +291,24 @@ def test_regex_with_too_many_repetitions():
             ["'int8'", "'per_group'", "per_channel or per_tensor"],
         ),
         ({"act": "int8", "act_scale": "static"}, ["'static'", "act_granularity='per_tensor'"]),
+        ({"granularity": "per_block"}, ["'per_block'", "positive group_size"]),
+        ({"act": "int8", "act_group_size": 8}, ["'per_token'", "act_group_size 8"]),
+        ({"act": "int8", "act_granularity": "per_group"}, ["'per_group'", "act_group_size"]),
+        (
+            {"act": "int8", "act_granularity": "per_group", "act_group_size": 8},
+            ["'int8'", "'per_group'", "with group_size 8", "group_size=-1"],
+        ),
+        ({"scale_dtype": "float8_e4m3fn"}, ["'float8_e4m3fn'", "float formats", "'int8'"]),
+        ({"scale_rule": "rceil"}, ["'rceil'", "float formats", "'int8'"]),
+        ({"weight": "fp4_e2m1", "scale_rule": "rceil"}, ["'rceil'", "float8_e8m0fnu", "'float32'"]),
+        (
+            {"weight": "fp4_e2m1", "scale_dtype": "float8_e8m0fnu"},
+            ["'absmax'", "'float8_e8m0fnu'", "floor, rceil, even"],
+        ),
+        (
+            {"weight": "fp4_e2m1", "act": "fp4_e2m1", "act_scale_dtype": "float8_e8m0fnu"},
+            ["'absmax'", "'float8_e8m0fnu'", "floor, rceil, even"],
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(settings, words):
@@ -345,7 +411,13 @@ EXPECTED = {
     "fp8_wo": ("fp8_e4m3", "per_channel", -1, None, "per_token", "dynamic"),
     "int8": ("int8", "per_channel", -1, "int8", "per_token", "dynamic"),
     "int8_wo": ("int8", "per_channel", -1, None, "per_token", "dynamic"),
+    "fp8_block": ("fp8_e4m3", "per_block", 128, "fp8_e4m3", "per_group", "dynamic"),
     "int4_wo": ("int4", "per_group", 128, None, "per_token", "dynamic"),
+    "nvfp4": ("fp4_e2m1", "per_group", 16, "fp4_e2m1", "per_group", "dynamic"),
+    "nvfp4_wo": ("fp4_e2m1", "per_group", 16, None, "per_token", "dynamic"),
+    "mxfp4": ("fp4_e2m1", "per_group", 32, "fp4_e2m1", "per_group", "dynamic"),
+    "mxfp4_wo": ("fp4_e2m1", "per_group", 32, None, "per_token", "dynamic"),
+    "mxfp8": ("fp8_e4m3", "per_group", 32, "fp8_e4m3", "per_group", "dynamic"),
     "w4a8": ("int4", "per_group", 128, "fp8_e4m3", "per_token", "dynamic"),
     "w4a8_static": ("int4", "per_group", 128, "fp8_e4m3", "per_tensor", "static"),
 }
@@ -361,6 +433,25 @@ def test_presets_are_what_their_names_say(name):
     assert (rule.path, rule.symmetric, rule.method, cfg.ignore) == (".*", True, "rtn", ())
     assert cfg.name == name
     assert cfg.needs_stats == (name in ("fp8", "w4a8_static"))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "group_size"),
+    [("int4_wo_asym", "int4", 128), ("int3_wo", "int3", 128), ("int2_wo", "int2", 64)],
+)
+def test_presets_with_zero_points(name, format, group_size):
+    (rule,) = preset(name).rules
+    assert (rule.weight, rule.group_size, rule.symmetric) == (format, group_size, False)
+    assert (rule.granularity, rule.act) == ("per_group", None)
+
+
+@pytest.mark.parametrize(("name", "size"), [("nvfp4", 16), ("mxfp4", 32), ("mxfp8", 32)])
+def test_small_formats_have_small_scales_on_both_sides(name, size):
+    (rule,) = preset(name).rules
+    dtype = "float8_e4m3fn" if name == "nvfp4" else "float8_e8m0fnu"
+    assert (rule.scale_dtype, rule.act_scale_dtype) == (dtype, dtype)
+    assert (rule.group_size, rule.act_group_size) == (size, size)
+    assert (rule.scale_rule in ("floor", "rceil", "even")) == (name != "nvfp4")
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
@@ -381,6 +472,13 @@ def test_every_preset_builds_and_survives_json(name):
         ("W4AFP8", "w4a8"),
         ("W4A8", "w4a8"),
         ("INT4_FP8", "w4a8"),
+        ("W4A16_ASYM", "int4_wo_asym"),
+        ("FP8_BLOCK", "fp8_block"),
+        ("NVFP4", "nvfp4"),
+        ("NVFP4A16", "nvfp4_wo"),
+        ("MXFP4", "mxfp4"),
+        ("MXFP4A16", "mxfp4_wo"),
+        ("MXFP8", "mxfp8"),
     ],
 )
 def test_aliases(alias, name):
@@ -389,8 +487,8 @@ def test_aliases(alias, name):
 
 def test_unknown_presets_and_settings_list_the_known():
     with pytest.raises(ConfigError) as error:
-        preset("int3")
-    names_all(error, "'int3'", *PRESETS, *ALIASES)
+        preset("int9")
+    names_all(error, "'int9'", *PRESETS, *ALIASES)
     with pytest.raises(ConfigError) as error:
         preset("int4_wo", groupsize=64)
     names_all(error, "'groupsize'", "group_size")
@@ -404,6 +502,8 @@ def test_presets_take_changes():
     rule = preset("int8_wo", group_size=32).rules[0]
     assert (rule.granularity, rule.group_size) == ("per_group", 32)
     assert preset("int8_wo", ignore=["down_proj"]).ignore == ("down_proj",)
+    rule = preset("fp8_block", group_size=64, act_group_size=64).rules[0]
+    assert (rule.granularity, rule.group_size, rule.act_group_size) == ("per_block", 64, 64)
     with pytest.raises(ConfigError, match="per_channel or per_tensor"):
         preset("int8", group_size=32)
     # The table itself is not changed by what was asked for before.
@@ -415,7 +515,7 @@ def test_preset_refuses_a_string_to_ignore():
         preset("int8_wo", ignore="down_proj")
 
 
-@pytest.mark.parametrize("field", ["samples", "seq_len", "batch_size"])
+@pytest.mark.parametrize("field", ["num_samples", "max_seq_length", "batch_size"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", None])
 def test_calib_config_needs_positive_integers(field, value):
     with pytest.raises(ConfigError, match=f"{field} is {re.escape(repr(value))}"):

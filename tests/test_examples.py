@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import qjax
+
 EXAMPLE = ROOT / "examples" / "your_own_model.py"
 QUANTIZED = {"MLP": 3, "Transformer": 12}  # weights in fp8, see the models
 
@@ -67,3 +69,38 @@ def test_the_heart_is_fifteen_lines():
     assert all(heart.lineno < line <= heart.end_lineno for line in users)
     imports = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
     assert [line for line in imports if "qjax" in line] == ["import qjax"]
+
+
+FAMILIES = {
+    # file -> what it prints
+    "quantize_int8.py": r"layers\.0\.mlp\.down_proj\.weight: alpha [\d.]+, its input is divided by "
+    r"mlp\.up_proj\nperplexity [\d.]+, change [+-]0\.\d+%",
+    "quantize_int4.py": r"int4_wo: perplexity \+[\d.]+%\nint4_awq: perplexity \+[\d.]+%\n"
+    r"int4_gptq_imatrix: ",
+    "quantize_large.py": r"block 8 of 8\n49 weights quantized \(49 by awq\+clip\+rtn\)",
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_methods(name, tmp_path):
+    """As a user would run them; each leaves a checkpoint of the reference model that loads."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "examples" / name),
+         str(ROOT / "checkpoints" / "reference"), str(tmp_path / "out")],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert re.search(FAMILIES[name], run.stdout), run.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert qjax.load(tmp_path / "out").quantization is not None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_they_are_short(name):
+    assert len((ROOT / "examples" / name).read_text().splitlines()) <= 30

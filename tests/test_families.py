@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import CONFIGS, config_of, small_lm
+from tiny import KINDS, PLAIN
 
 import qjax
 from qjax.assign import assign
@@ -16,7 +17,7 @@ from qjax.quantize import dequantize_tree
 from qjax.tree import named_leaves
 
 # A recipe each, so that every one runs on some family.
-TURNS = {family: list(PRESETS)[i % len(PRESETS)] for i, family in enumerate(CONFIGS)}
+TURNS = {family: PLAIN[i % len(PLAIN)] for i, family in enumerate(CONFIGS)}
 # Other families are generated with in test_architectures.py.
 GENERATE = ("gptj", "mixtral", "gemma3_text", "mpt")
 SPARED = ("embed_tokens", "embed_positions", "norm", "lm_head", "router", "bias")
@@ -63,7 +64,7 @@ def test_perplexity(family):
     assert 10 < float(np.exp(result.nll.mean())) < 1000
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KINDS)
 def test_experts_are_quantized_one_by_one(preset):
     """Scales of each expert are those of its own matrix quantized alone, and products with all
     experts are those of the dequantized weights, wherever activations stay as they are."""
@@ -79,10 +80,19 @@ def test_experts_are_quantized_one_by_one(preset):
     assert leaf.values.shape == plain[name].shape == (4, 128, 128)
     for expert in range(4):
         weights = {"weight": plain[name][expert]}
-        alone = qjax.quantize(weights, qjax.preset(preset, act=None, act_granularity="per_token",
-                                                   act_scale="dynamic"))["weight"]  # fmt: skip
+        weight_only = qjax.preset(
+            preset,
+            act=None,
+            act_granularity="per_token",
+            act_group_size=-1,
+            act_scale_dtype="float32",
+            act_scale="dynamic",
+        )
+        alone = qjax.quantize(weights, weight_only)["weight"]
         np.testing.assert_array_equal(leaf.values[expert], alone.values)
         np.testing.assert_array_equal(leaf.scale[expert], alone.scale)
+        if leaf.global_scale is not None:
+            np.testing.assert_array_equal(leaf.global_scale[expert], alone.global_scale)
     if cfg.rules[0].act is None:
         dense = quantized.with_state(dequantize_tree(quantized.split()[1]), None)
         # Sums of 128 terms in float32, in another order where scales leave the sum.

@@ -17,9 +17,13 @@ ORDER = (
     # numbers and arrays
     "numerics",
     "packing",
+    "blocks",
+    "invariants",
     "qarray",
     "tree",
     # recipes
+    "formats",
+    "methods",
     "config",
     "presets",
     # pytree -> pytree
@@ -31,13 +35,18 @@ ORDER = (
     # models
     "cache",
     "attention",
+    "activations",
     "ops",
     "nn",
+    "structure",
     "models",
     "runtime",
     # models and data
     "calibrate",
     "checkpoint",
+    "blockwise",
+    "text",
+    "data",
     "sampling",
     "speculate",
     "prompts",
@@ -47,7 +56,8 @@ ORDER = (
     "generate",
     "lm",
     "prepare",
-    "text",
+    "quantize_model",
+    "quantize_checkpoint",
     "evaluate",
     "bench",
     # the table of contents, and the entry points

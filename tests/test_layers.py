@@ -6,11 +6,11 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
+from tiny import PLAIN
 
 import qjax
 from qjax import attention, ops
 from qjax.nn.moe import MoE, MoEConfig
-from qjax.presets import PRESETS
 
 U = 2.0**-24
 
@@ -167,7 +167,7 @@ def quantized(weight, preset):
     return qjax.quantize(tree, cfg, stats)["mlp"]["experts"]["up"]["weight"]
 
 
-@pytest.mark.parametrize("preset", [None, *PRESETS])
+@pytest.mark.parametrize("preset", [None, *PLAIN])
 def test_grouped_products_are_those_of_each_expert(preset):
     """Row by row `ops.linear` with the expert's own weight; an expert has no rows."""
     experts, rows = 4, 40
@@ -182,7 +182,7 @@ def test_grouped_products_are_those_of_each_expert(preset):
     assert y.shape == (rows, 24)
     start = 0
     for expert, size in enumerate(np.asarray(sizes)):
-        own = jax.tree.map(lambda leaf, e=expert: leaf[e] if leaf.ndim == 3 else leaf, weight)
+        own = jax.tree.map(lambda leaf, e=expert: leaf[e] if leaf.ndim else leaf, weight)
         part = slice(start, start + int(size))
         if size:
             expected = ops.linear(x, own)[ids[part]] * factors[part, None]

@@ -34,11 +34,13 @@ BLOCKS = {
     "square": (4, 16),
 }
 
-# format, symmetric, scale rule: all there are.
+# Widths of every kind; test_formats.py has the others, and scales in 8 bits.
+INTEGERS, FLOATS = ("int3", "int4", "int8"), ("fp4_e2m1", "fp8_e4m3", "fp8_e5m2")
+# format, symmetric, scale rule.
 SCHEMES = [
-    *((name, True, "absmax") for name in oracles.FORMATS),
-    *((name, True, "absmax_half") for name in oracles.INTEGERS),
-    *((name, False, "absmax") for name in oracles.INTEGERS),
+    *((name, True, "absmax") for name in INTEGERS + FLOATS),
+    *((name, True, "absmax_half") for name in INTEGERS),
+    *((name, False, "absmax") for name in INTEGERS),
 ]
 every_scheme = pytest.mark.parametrize(("name", "symmetric", "rule"), SCHEMES)
 # One of each kind: symmetric, both of its rules, asymmetric, float.
@@ -237,7 +239,7 @@ def test_integer_error_is_half_a_step(name, symmetric, rule, scale_dtype, x, exp
 
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", oracles.FLOATS)
+@pytest.mark.parametrize("name", FLOATS)
 @settings(deadline=None, derandomize=True, max_examples=15)
 @given(x=matrices, exponent=exponents)
 def test_float_error_is_relative(name, scale_dtype, x, exponent):
@@ -275,7 +277,7 @@ def test_magnitude_does_not_matter(name, symmetric, rule, magnitude):
     np.testing.assert_array_equal(parts(scaled)[2], zero)
 
 
-@pytest.mark.parametrize("name", oracles.FLOATS)
+@pytest.mark.parametrize("name", FLOATS)
 def test_tiny_rows_stay_finite(name):
     q = quantize_array(jnp.array([[0.0, 1e-36, -5e-37]]), name)
     assert np.isfinite(oracles.decode(dequantize(q))).all()
@@ -295,7 +297,7 @@ def test_single_rows_and_columns(name, symmetric, rule, shape):
 
 
 @pytest.mark.parametrize("offset", [5.0, -5.0])
-@pytest.mark.parametrize("name", oracles.INTEGERS)
+@pytest.mark.parametrize("name", INTEGERS)
 def test_one_sided_weights_use_all_levels_but_keep_zero(name, offset):
     x = oracles.narrow(np.random.default_rng(0).uniform(-1, 1, (4, 64)) + offset, "float32")
     q = quantized(as_jax(x), name, symmetric=False)
@@ -344,9 +346,12 @@ def test_fewer_than_two_axes(shape):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": "int7"}, "'int7'.*fp8_e4m3, fp8_e5m2, int4, int8"),
-        ({"scale_dtype": "float16"}, "'float16'.*bfloat16, float32"),
-        ({"scale_rule": "mse"}, "'mse'.*absmax, absmax_half"),
+        ({"format": "int9"}, "'int9'.*fp8_e4m3, fp8_e5m2, int2, int3, int4, .*, int8"),
+        ({"scale_dtype": "float16"}, "'float16'.*bfloat16, float32, float8_e4m3fn, float8_e8m0fnu"),
+        ({"scale_rule": "mse"}, "'mse'.*absmax, absmax_half, even"),
+        ({"scale_dtype": "float8_e4m3fn"}, "'float8_e4m3fn' is for float formats, not 'int8'"),
+        ({"scale_dtype": "float8_e8m0fnu"}, "'absmax' with scale_dtype 'float8_e8m0fnu'.*rceil"),
+        ({"format": "fp8_e4m3", "scale_rule": "rceil"}, "'rceil' with scale_dtype 'float32'"),
         ({"axis": 0}, "axis 0.*-1.*-2"),
         ({"format": "fp8_e4m3", "symmetric": False}, "'fp8_e4m3' has no zero point"),
         ({"format": "fp8_e4m3", "scale_rule": "absmax_half"}, "not 'fp8_e4m3'"),
@@ -412,6 +417,7 @@ def test_validate_names_what_is_wrong(changes, message):
         {"global_scale": jnp.ones((2, 1))},
         {"block": (1, 5)},
         {"axis": 1},
+        {"format": "int9"},
         {"format": "int5"},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -547,6 +553,10 @@ def test_scans_over_a_stack_of_layers():
         {"symmetric": False},
         {"input": InputSpec(format="fp8_e4m3")},
         {"input": InputSpec(format="int8", granularity="per_row")},
+        {"input": InputSpec(format="int8", granularity="per_group", group_size=8)},
+        {"input": InputSpec(format="int8", granularity="per_group")},
+        {"input": InputSpec(format="int8", group_size=8)},
+        {"input": InputSpec(format="int8", scale_dtype="float8_e8m0fnu")},
     ],
     ids=str,
 )

@@ -110,36 +110,57 @@ def test_the_input_is_not_changed():
         np.testing.assert_array_equal(leaf, copy)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+PLAIN = [name for name in PRESETS if not preset(name).needs_blocks]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_numbers_are_those_of_the_oracle(name):
-    grouped = PRESETS[name].get("group_size") is not None
-    cfg = preset(name, **({"group_size": 16} if grouped else {}))
+    small = {key: 16 for key in ("group_size", "act_group_size") if key in PRESETS[name]}
+    cfg = preset(name, **small)
     rule = cfg.rules[0]
     tree = params()
     leaves = dict(named_leaves(quantize(tree, cfg, stats())))
-    block = {"per_tensor": (-1, -1), "per_channel": (1, -1), "per_group": (1, 16)}
-    block = block[rule.granularity]
+    block = {
+        "per_tensor": (-1, -1),
+        "per_channel": (1, -1),
+        "per_group": (1, 16),
+        "per_block": (16, 16),
+    }[rule.granularity]
+    default = "bfloat16" if rule.granularity == "per_group" else "float32"
     for path in MATRICES:
         weight = oracles.decode(dict(named_leaves(tree))[path])
         q = leaves[path]
         validate(q, path)
         assert (q.format, q.block, q.axis) == (rule.weight, block, -1)
         assert q.dtype == ("bfloat16" if "down" in path else "float32")
-        assert q.scale.dtype == ("bfloat16" if grouped else "float32")
+        assert q.scale.dtype == (rule.scale_dtype or default)
         scale = oracles.decode(q.scale)
-        # Two roundings to float32, and one to bfloat16 for groups.
-        exact = oracles.scales(weight, rule.weight, block)
-        narrow = oracles.UNIT["bfloat16"] if grouped else 0
-        assert np.abs(scale / exact - 1).max() <= (narrow + 2 * U) * (1 + narrow)
+        if q.global_scale is not None:
+            scale = oracles.narrow(scale * oracles.decode(q.global_scale), "float32")
+        exact = oracles.scales(weight, rule.weight, block, symmetric=rule.symmetric)
+        if rule.scale_dtype == "float8_e8m0fnu":
+            amax = exact * oracles.grid(rule.weight)[0][-1]
+            exact = oracles.power_of_two(amax, rule.weight, rule.scale_rule)
+        # Two roundings to float32 (three of asymmetric ranges, and those of both levels), and one
+        # to the type of the scale.
+        narrow = {"bfloat16": oracles.UNIT["bfloat16"], "float8_e4m3fn": 2.0**-4}
+        narrow = narrow.get(q.scale.dtype.name, 0)
+        assert np.abs(scale / exact - 1).max() <= (narrow + 4 * U) * (1 + narrow)
         # A tie may go either way where x / s is compiled as x * (1 / s).
         values = oracles.decode(q.values)
-        divided, _ = oracles.quantize(weight, rule.weight, block, scale)
-        multiplied, _ = oracles.quantize(weight, rule.weight, block, scale, reciprocal=True)
+        how = {"symmetric": rule.symmetric}
+        divided, _ = oracles.quantize(weight, rule.weight, block, scale, **how)
+        multiplied, _ = oracles.quantize(weight, rule.weight, block, scale, reciprocal=True, **how)
         np.testing.assert_array_equal(values, np.where(values == divided, divided, multiplied))
         if rule.act is None:
             assert q.input is None
         else:
             assert (q.input.format, q.input.granularity) == (rule.act, rule.act_granularity)
+            assert (q.input.scale_dtype, q.input.scale_rule) == (
+                rule.act_scale_dtype,
+                rule.scale_rule if rule.act_scale_dtype == "float8_e8m0fnu" else "absmax",
+            )
+            assert q.input.group_size == rule.act_group_size
             assert (q.input.scale is None) == (rule.act_scale == "dynamic")
 
 

@@ -88,14 +88,25 @@ def test_the_preset_table_is_that_of_the_code():
         name = name.strip("`")
         rule = qjax.preset(name).rules[0]
         assert re.findall(r"`(\w+)`", aliases) == [a for a, to in ALIASES.items() if to == name]
-        assert rule.weight.removeprefix("fp8_") in weights
-        per = {"per_tensor": "a matrix", "per_channel": "a channel", "per_group": "for 128 weights"}
+        size, act_size = rule.group_size, rule.act_group_size
+        assert rule.weight.rpartition("_")[2] in weights
+        per = {
+            "per_tensor": "a matrix",
+            "per_channel": "a channel",
+            "per_group": f"for {size} weights",
+            "per_block": f"for {size} x {size} weights",
+        }
         assert per[rule.granularity] in weights
+        assert ("zero point" in weights) == (not rule.symmetric)
+        scales = {"float8_e4m3fn": "e4m3 scale", "float8_e8m0fnu": "e8m0 scale"}
+        assert scales.get(rule.scale_dtype, "scale") in weights
         if rule.act is None:
             assert activations == "as they are"
         else:
             assert rule.act_scale in activations
-            assert ("a token" in activations) == (rule.act_granularity == "per_token")
+            assert ("a token" in activations) == (rule.act_granularity != "per_tensor")
+            assert (f"{act_size} inputs" in activations) == (act_size != -1)
+            assert scales.get(rule.act_scale_dtype, "scale") in activations
 
 
 def test_links_lead_somewhere():

@@ -12,9 +12,10 @@ from test_generate import greedy_by_full_passes
 
 import qjax
 from qjax.checkpoint.format import FILE
+from qjax.data import STDLIB, calibration_data
 from qjax.decode import activation_dtype
 from qjax.evaluate import compare, evaluate_perplexity
-from qjax.text import calibration_batches, held_out, token_windows
+from qjax.text import held_out, token_windows
 from qjax.tree import map_named
 
 REFERENCE = ROOT / "checkpoints" / "reference"
@@ -98,7 +99,9 @@ def int4_bits_on_disk(path: Path) -> float:
 
 @pytest.fixture(scope="module")
 def batches(lm):
-    return calibration_batches(lm.tokenizer, qjax.CalibConfig(samples=8, seq_len=256))
+    return calibration_data(
+        STDLIB, lm.tokenizer, qjax.CalibConfig(num_samples=8, max_seq_length=256)
+    )
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

@@ -7,6 +7,13 @@ from flax import nnx
 
 from qjax.lm import LanguageModel
 from qjax.models.llama import Llama, LlamaConfig
+from qjax.presets import PRESETS, preset
+
+# Presets that need no more than round-to-nearest; test_blockwise_presets.py has the others.
+PLAIN = tuple(name for name in PRESETS if not preset(name).needs_blocks)
+# Those of which no other has the same kind of product: what takes long runs with these.
+ALIKE = ("fp8_wo", "int4_wo_asym", "int2_wo", "mxfp4", "mxfp4_wo")
+KINDS = tuple(name for name in PLAIN if name not in ALIKE)
 
 
 def tiny_config(**changes) -> LlamaConfig:

@@ -15,16 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax import packing
+from qjax import numerics, packing
 from qjax.errors import CheckpointError, ConfigError, DataError
 from qjax.qarray import InputSpec, QArray, is_qarray, validate
 
 FILE = "qjax.json"
 VERSION = 1
 
+# (dtype in memory, bits if they are fewer than the dtype has) -> how numbers are packed on disk.
+_PACKED = {
+    (fmt.dtype.name, fmt.bits if fmt.dtype == jnp.int8 else None): fmt
+    for fmt in numerics.FORMATS.values()
+    if fmt.bits < 8
+}
 # Data fields of a QArray, in the order in which they are written.
 _PARTS = ("values", "scale", "zero_point", "global_scale")
 _INPUT_PARTS = ("scale", "pre_scale", "perm")
+# Static fields of an InputSpec; the first two are in every checkpoint.
+_INPUT_FIELDS = ("format", "granularity", "group_size", "scale_dtype", "scale_rule")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,8 +151,8 @@ def record_leaf(leaf: Any) -> dict[str, Any]:
         "dtype": leaf.dtype,
         "axis": leaf.axis,
         "layout": leaf.layout,
-        "input": None if spec is None else {"format": spec.format, "granularity": spec.granularity},
-        "parts": {name: _record_array(array) for name, array in parts.items()},
+        "input": None if spec is None else {name: getattr(spec, name) for name in _INPUT_FIELDS},
+        "parts": {name: _record_array(array, _bits(leaf, name)) for name, array in parts.items()},
     }
 
 
@@ -175,11 +183,10 @@ def join_qarray(name: str, record: dict[str, Any], parts: dict[str, Any]) -> QAr
             raise TypeError(f"block {record['block']!r} is not two integers")
         spec = record["input"]
         if spec is not None:
-            spec = InputSpec(
-                format=spec["format"],
-                granularity=spec["granularity"],
-                **{p: parts.get(f"input.{p}") for p in _INPUT_PARTS},
-            )
+            fields: dict[str, Any] = {name: spec[name] for name in _INPUT_FIELDS[:2]}
+            fields |= {name: spec[name] for name in _INPUT_FIELDS[2:] if name in spec}
+            fields |= {p: parts.get(f"input.{p}") for p in _INPUT_PARTS}
+            spec = InputSpec(**fields)
         q = QArray(
             **{p: parts.get(p) for p in _PARTS},
             input=spec,
@@ -195,28 +202,50 @@ def join_qarray(name: str, record: dict[str, Any], parts: dict[str, Any]) -> QAr
     return q
 
 
-def _record_array(array: Any) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(array.dtype).name, "shape": list(array.shape)}
+def _bits(q: QArray, part: str) -> int | None:
+    """Bits of the numbers of a part, if they are fewer than its dtype has; None: they are not."""
+    packed = _PACKED.get((q.values.dtype.name, numerics.get_format(q.format).bits))
+    return packed.bits if packed is not None and part in ("values", "zero_point") else None
 
 
-def array_spec(name: str, record: dict[str, Any]) -> jax.ShapeDtypeStruct:
-    """The array a record describes, as it is in memory."""
+def _record_array(array: Any, bits: int | None = None) -> dict[str, Any]:
+    record = {"dtype": jnp.dtype(array.dtype).name, "shape": list(array.shape)}
+    return record if bits is None else record | {"bits": bits}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One array of a checkpoint.
+
+    Attributes:
+      memory: the array as it is in memory.
+      packed: the format whose bits it is packed by on disk; None: it lies there as it is.
+    """
+
+    memory: jax.ShapeDtypeStruct
+    packed: numerics.Format | None
+
+    @property
+    def disk(self) -> jax.ShapeDtypeStruct:
+        """The array as it lies on disk: packed in uint8, or as it is."""
+        if self.packed is None:
+            return self.memory
+        shape = packing.packed_shape(self.memory.shape, self.packed.bits)
+        return jax.ShapeDtypeStruct(shape, np.dtype(np.uint8))
+
+
+def stored(name: str, record: dict[str, Any]) -> Stored:
+    """The array that a part's record describes."""
     try:
-        shape = record["shape"]
+        shape, dtype = record["shape"], jnp.dtype(record["dtype"])
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"shape {shape!r} is not a list of sizes")
-        return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(record["dtype"]))
+        return Stored(jax.ShapeDtypeStruct(tuple(shape), dtype), _packed(dtype, record.get("bits")))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{FILE} is damaged at array {name}: {error!r}") from error
 
 
-def is_packed(array: Any) -> bool:
-    """Whether an array of this dtype is packed two to a byte on disk."""
-    return array.dtype == jnp.int4
-
-
-def disk_spec(array: Any) -> jax.ShapeDtypeStruct:
-    """The array as it lies on disk: int4 packed in uint8, everything else as it is."""
-    if is_packed(array):
-        return jax.ShapeDtypeStruct(packing.packed_shape(array.shape), np.dtype(np.uint8))
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+def _packed(dtype: jnp.dtype, bits: int | None) -> numerics.Format | None:
+    if bits is not None and (dtype.name, bits) not in _PACKED:
+        raise ValueError(f"{dtype} is not packed in {bits!r} bits")
+    return _PACKED.get((dtype.name, bits))

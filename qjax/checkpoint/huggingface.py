@@ -105,13 +105,13 @@ def load_state(
       CheckpointError: a truncated file; names or shapes that are not the model's.
     """
     leaves: dict[str, Any] = {}
-    stacks = _Stacks(abstract_state)
+    stacks = Stacks(abstract_state)
     files = weight_files(path)
     for done, file in enumerate(files, 1):
         try:
             with safe_open(file, "np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if _is_computed(name, family):
+                    if is_computed(name, family):
                         continue
                     parts = renamed(name, tensors.get_tensor(name), family.tensors, config)
                     for ours, part in stacks.joined(parts):
@@ -131,7 +131,7 @@ def load_state(
     return fill(abstract_state, leaves, str(path))
 
 
-class _Stacks:
+class Stacks:
     """Weights of experts, which come one by one and are leaves [experts, out, in].
 
     Only stacks that are not complete are held, in host memory.
@@ -183,7 +183,7 @@ def abstract_state_lacks(state: Any, key: str) -> bool:
     return key not in state or not state[key]
 
 
-def _is_computed(name: str, family: Family) -> bool:
+def is_computed(name: str, family: Family) -> bool:
     """Whether a tensor is a buffer, which models compute."""
     return name.endswith("rotary_emb.inv_freq") or any(
         re.fullmatch(pattern, name) for pattern in family.computed

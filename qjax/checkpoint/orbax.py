@@ -18,6 +18,7 @@ from qjax._version import __version__
 from qjax.checkpoint import format as fmt
 from qjax.config import QuantConfig
 from qjax.errors import CheckpointError
+from qjax.numerics import Format
 from qjax.qarray import is_qarray
 from qjax.tree import is_array, leaves_by_name, map_named
 
@@ -42,7 +43,7 @@ def save(
 
     Args:
       path: must not exist, unless `overwrite` and it is a qjax checkpoint.
-      params: any pytree; int4 leaves take 4 bits on disk.
+      params: any pytree; numbers of fewer than 8 bits take their bits on disk.
       config: the recipe, recorded in qjax.json.
       model: {'model_type', 'config'}, recorded in qjax.json.
       extra: called with the unfinished directory, to add files (a tokenizer).
@@ -60,7 +61,7 @@ def save(
                 f"leaf {name} is {leaf!r} ({type(leaf).__name__}), not an array; wrap it with "
                 "jnp.asarray or keep it out of the tree"
             )
-    with _replacing(path, overwrite) as unfinished:
+    with replacing(path, overwrite) as unfinished:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(unfinished / ARRAYS, _to_disk(leaves))
         # Orbax notes the path it wrote to, which is not the final one and nobody's business.
@@ -78,7 +79,7 @@ def save(
 
 
 @contextmanager
-def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
+def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
     """A fresh directory that becomes `path` if the block ends well, and is removed if not."""
     old = None
     if path.exists():
@@ -119,9 +120,8 @@ def restore(
         matter; dtypes and formats are those on disk. None: a flat dict, dotted name -> leaf.
       sharding: where arrays go, straight from disk: one sharding for all, or a function of
         (name of the array, its ShapeDtypeStruct in memory), names as in
-        'mlp.up_proj.weight.values'. int4 is packed in pairs along its last axis on disk: each shard
-        must get whole pairs.
-        None: the default device.
+        'mlp.up_proj.weight.values'. Numbers of fewer than 8 bits are packed along their last axis
+        on disk: each shard must get whole bytes. None: the default device.
 
     Returns:
       the leaves, arrays and QArrays.
@@ -152,16 +152,19 @@ class OrbaxReader:
         self.manifest = fmt.Manifest.read(self.path)
         # Before Orbax sees a byte: it reports damage late, and not for every kind of it.
         fmt.verify_files(self.path, ARRAYS, self.manifest.files)
-        self._arrays = _expected(self.manifest)
-        on_disk = {name: fmt.disk_spec(spec) for name, spec in self._arrays.items()}
-        with self._reading(), ocp.PyTreeCheckpointer() as checkpointer:
-            found = checkpointer.metadata(self.path / ARRAYS).item_metadata.tree
-            _compare(self.path, on_disk, found)
+        self._stored = _expected(self.manifest)
+        self._folders = _folders(self.manifest)
+        for folder, names in _by_folder(self._folders, list(self._stored)).items():
+            on_disk = {name: self._stored[name].disk for name in names}
+            with self._reading(), ocp.PyTreeCheckpointer() as checkpointer:
+                found = checkpointer.metadata(self.path / folder).item_metadata.tree
+                _compare(self.path, on_disk, found)
 
     def abstract(self) -> dict[str, Any]:
         """Name -> leaf, with shapes in the place of arrays."""
         names = list(self.manifest.leaves)
-        return jax.eval_shape(lambda arrays: self._joined(names, arrays), self._arrays)
+        arrays = {name: stored.memory for name, stored in self._stored.items()}
+        return jax.eval_shape(lambda arrays: self._joined(names, arrays), arrays)
 
     def read(self, names: Sequence[str], device: jax.Device) -> Iterator[tuple[str, Any]]:
         """(name, leaf) of each of `names`, on the device."""
@@ -181,22 +184,22 @@ class OrbaxReader:
 
     def _read(self, names: Sequence[str], sharding_for: ShardingFor) -> dict[str, jax.Array]:
         """The arrays called so, as they are in memory."""
-        specs = {name: self._arrays[name] for name in names}
         target = {
-            name: _placed(name, fmt.disk_spec(spec), sharding_for(name, spec))
-            for name, spec in specs.items()
+            name: _placed(name, stored.disk, sharding_for(name, stored.memory))
+            for name in names
+            for stored in [self._stored[name]]
         }
-        how = ocp.args.PyTreeRestore(
-            item=target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
-        with self._reading(), ocp.PyTreeCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(self.path / ARRAYS, args=how)
-        return {
-            name: _unpack(array, specs[name].shape[-1]) if fmt.is_packed(specs[name]) else array
-            for name, array in arrays.items()
-        }
+        arrays: dict[str, jax.Array] = {}
+        for folder, inside in _by_folder(self._folders, names).items():
+            part = {name: target[name] for name in inside}
+            how = ocp.args.PyTreeRestore(
+                item=part,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+                partial_restore=True,
+            )
+            with self._reading(), ocp.PyTreeCheckpointer() as checkpointer:
+                arrays |= checkpointer.restore(self.path / folder, args=how)
+        return {name: _unpacked(array, self._stored[name]) for name, array in arrays.items()}
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -243,22 +246,43 @@ def _to_disk(leaves: dict[str, Any]) -> dict[str, Any]:
         if fmt.is_key(leaf):
             leaf = jax.random.key_data(leaf)
         parts = fmt.split_qarray(leaf) if is_qarray(leaf) else {"": leaf}
+        records = fmt.record_leaf(leaf)["parts"]
         names = _array_names(name, parts)
         for part, array in parts.items():
-            arrays[names[part]] = packing.pack_int4(array) if fmt.is_packed(array) else array
+            packed = fmt.stored(names[part], records[part]).packed
+            arrays[names[part]] = array if packed is None else packing.pack(array, packed)
     return arrays
 
 
-def _expected(manifest: fmt.Manifest) -> dict[str, jax.ShapeDtypeStruct]:
-    """Array name -> what it is in memory, from qjax.json."""
+def _expected(manifest: fmt.Manifest) -> dict[str, fmt.Stored]:
+    """Array name -> what it is in memory and on disk, from qjax.json."""
     expected = {}
     for name, record in manifest.leaves.items():
         parts = record.get("parts") if isinstance(record, dict) else None
         if not isinstance(parts, dict):
             raise CheckpointError(f"{fmt.FILE} is damaged at leaf {name}: it lists no arrays")
         for part, array_name in _array_names(name, parts).items():
-            expected[array_name] = fmt.array_spec(array_name, parts[part])
+            expected[array_name] = fmt.stored(array_name, parts[part])
     return expected
+
+
+def _folders(manifest: fmt.Manifest) -> dict[str, str]:
+    """Array name -> the Orbax directory it lies in: `arrays`, or a folder in it."""
+    found: dict[str, str] = {}
+    for leaf, record in manifest.leaves.items():
+        folder = record.get("folder")
+        if folder is not None and (not isinstance(folder, str) or Path(folder).name != folder):
+            raise CheckpointError(f"{fmt.FILE} is damaged at leaf {leaf}: folder {folder!r}")
+        path = ARRAYS if folder is None else f"{ARRAYS}/{folder}"
+        found |= dict.fromkeys(_array_names(leaf, record["parts"]).values(), path)
+    return found
+
+
+def _by_folder(folders: Mapping[str, str], names: Sequence[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(folders[name], []).append(name)
+    return groups
 
 
 def _placed(
@@ -273,14 +297,18 @@ def _placed(
     return jax.ShapeDtypeStruct(on_disk.shape, on_disk.dtype, sharding=sharding)
 
 
-@partial(jax.jit, static_argnames=("n", "sharding"))
-def _unpack_onto(array: jax.Array, n: int, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(packing.unpack_int4(array, n), sharding)
+@partial(jax.jit, static_argnames=("packed", "n", "sharding"))
+def _unpack_onto(
+    array: jax.Array, packed: Format, n: int, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    return jax.lax.with_sharding_constraint(packing.unpack(array, packed, n), sharding)
 
 
-def _unpack(array: jax.Array, n: int) -> jax.Array:
-    """uint8 -> int4 [..., n] with the same sharding: shards keep their parts."""
-    return _unpack_onto(array, n, array.sharding)
+def _unpacked(array: jax.Array, stored: fmt.Stored) -> jax.Array:
+    """From disk -> as in memory with the same sharding: shards keep their parts."""
+    if stored.packed is None:
+        return array
+    return _unpack_onto(array, stored.packed, stored.memory.shape[-1], array.sharding)
 
 
 def _compare(path: Path, expected: dict[str, jax.ShapeDtypeStruct], found: Any) -> None:

@@ -1,16 +1,18 @@
 """qjax compare: one model in several formats, quality beside size beside speed."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from qjax.cli.common import add_model, load_model, print_json, print_table, progress_bars
 from qjax.cli.evaluate import add_windows
 from qjax.errors import ConfigError
-from qjax.presets import preset
+from qjax.presets import KV, PRESETS, preset
 
 HELP = "quantize to several formats and compare quality, size and speed"
 EXAMPLES = """examples:
   qjax compare --presets fp8,int8_wo,int8,int4_wo
+  qjax compare --presets all --json
   qjax compare --presets int4_wo --html report/index.html --keep checkpoints-of-each"""
 
 
@@ -21,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--presets",
         default="fp8,int8_wo,int8,int4_wo",
-        help="comma-separated names (default: %(default)s)",
+        help="comma-separated names, or all (default: %(default)s)",
+    )
+    parser.add_argument("--kv", choices=sorted(KV), help="what the cache of each holds")
+    parser.add_argument(
+        "--calib-samples", type=int, help="sequences of the standard library to calibrate on (64)"
     )
     parser.add_argument("--samples", action="store_true", help="print the sample of each format")
     parser.add_argument("--html", type=Path, help="also write a page with plots")
@@ -30,10 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compare, then print the table, and write the page."""
+    from qjax.data import STDLIB_CALIBRATION
     from qjax.evaluate.compare import compare
     from qjax.evaluate.report import COLUMNS, SPEED_NOTE, table_rows, write_report
 
-    recipes = [preset(name.strip()) for name in args.presets.split(",") if name.strip()]
+    names = PRESETS if args.presets.strip() == "all" else args.presets.split(",")
+    recipes = [preset(name.strip(), kv=args.kv) for name in names if name.strip()]
     if not recipes:
         raise ConfigError("name at least one preset, as in --presets fp8,int4_wo")
     if args.html is not None:
@@ -42,6 +50,9 @@ def run(args: argparse.Namespace) -> None:
         args.html.open("a", encoding="utf-8").close()
     if args.keep is not None:
         args.keep.mkdir(parents=True, exist_ok=True)
+    calib = STDLIB_CALIBRATION
+    if args.calib_samples is not None:
+        calib = dataclasses.replace(calib, num_samples=args.calib_samples)
     lm = load_model(args)
     with progress_bars() as progress:
         result = compare(
@@ -49,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
             recipes,
             sequences=args.sequences,
             seq_len=args.seq_len,
+            calib=calib,
             directory=args.keep,
             progress=progress,
         )

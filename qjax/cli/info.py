@@ -8,7 +8,7 @@ from qjax import compile_cache
 from qjax._version import __version__
 from qjax.cli.common import REFERENCE, add_model, load_model, print_json, print_table
 from qjax.errors import ConfigError
-from qjax.presets import ALIASES, PRESETS
+from qjax.presets import ALIASES, PRESETS, preset
 
 HELP = "show versions, devices, recipes, which kernels run here, and what a checkpoint holds"
 EXAMPLES = """examples:
@@ -43,6 +43,9 @@ def run(args: argparse.Namespace) -> None:
         for name, settings in data["presets"].items()
     ]
     print_table(("preset", "weights", "activations", "also called"), rows)
+    for name, settings in data["presets"].items():
+        if settings["note"]:
+            print(f"{name}: {settings['note']}")
     _print_kernels(data)
     if "model" in data:
         model = data["model"]
@@ -56,7 +59,8 @@ def _environment() -> dict[str, Any]:
     import jax
 
     presets = {
-        name: settings | {"aliases": [a for a, target in ALIASES.items() if target == name]}
+        name: settings
+        | {"aliases": [a for a, target in ALIASES.items() if target == name], "note": _note(name)}
         for name, settings in PRESETS.items()
     }
     return {
@@ -68,6 +72,23 @@ def _environment() -> dict[str, Any]:
         "kernels": _kernels(),
         "tuned": _tuned(),
     }
+
+
+def _note(name: str) -> str:
+    """What a preset's products do besides, or why no kernel reads its weights; '' for neither."""
+    import jax
+    import jax.numpy as jnp
+
+    from qjax.algorithms.rtn import rtn
+    from qjax.runtime.dense import by_groups, refusal
+    from qjax.runtime.weights import Projection
+
+    size = 512  # whole groups of every size
+    weight = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
+    amax = jax.ShapeDtypeStruct((size,), jnp.float32)
+    rule = preset(name).rules[0]
+    q = jax.eval_shape(lambda w, amax: rtn(w, rule, -1, amax), weight, amax)
+    return refusal(Projection(weight=q)) or by_groups(q) or ""
 
 
 def _compilation_cache() -> dict[str, Any]:

@@ -9,16 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.calibrate import calibrate
 from qjax.config import CalibConfig, QuantConfig
+from qjax.data import STDLIB_CALIBRATION, calibration_data
 from qjax.errors import CheckpointError, ConfigError, DataError
-from qjax.evaluate.layers import layer_errors
+from qjax.evaluate.layers import model_errors
 from qjax.evaluate.perplexity import Perplexity, evaluate_perplexity
 from qjax.lm import LanguageModel, load
 from qjax.presets import preset
 from qjax.qarray import QArray, bits_of
-from qjax.quantize import check_finite, quantize
-from qjax.text import calibration_batches, held_out, token_windows
+from qjax.quantize import check_finite
+from qjax.quantize_model import quantize_model
+from qjax.text import held_out, token_windows
 from qjax.tree import named_leaves
 
 Progress = Callable[[str, int, int], None]
@@ -40,7 +41,8 @@ class Row:
       bytes_on_disk: of the saved checkpoint, all files.
       prefill_tokens_per_s, decode_tokens_per_s: of the sample, on this machine.
       sample: greedy continuation of the prompt.
-      layer_errors: name -> relative error of each quantized weight.
+      layer_errors: name -> relative error of each quantized weight or its outputs, see
+        `qjax.evaluate.layers.model_errors`.
     """
 
     preset: str
@@ -97,7 +99,7 @@ def compare(
       lm: the original model, with a tokenizer.
       presets: names or recipes.
       sequences, seq_len: held-out windows to evaluate on.
-      calib: calibration windows, for recipes that need statistics.
+      calib: calibration text, for recipes that need it; None: STDLIB_CALIBRATION.
       sample_tokens: length of the sample.
       directory: where to leave the checkpoints, one a preset; None: they are not kept.
       progress: called as progress(stage, done, total).
@@ -118,28 +120,21 @@ def compare(
                 f"{name!r} is asked for more than once; give recipes names of their own"
             )
     check_finite(lm.split()[1])
-    calib = calib or CalibConfig()
+    calib = calib or STDLIB_CALIBRATION
     text = held_out()
     windows = token_windows(text, tokenizer, count=sequences, seq_len=seq_len)
-    stats = None
+    batches = []
     if any(recipe.needs_stats for recipe in recipes):
-        batches = [lm.check_ids(batch) for batch in calibration_batches(tokenizer, calib)]
-        stats = calibrate(lm.model, batches, progress=_stage(progress, "calibrate"))
+        batches = calibration_data(None, tokenizer, calib)
     with tempfile.TemporaryDirectory() as temporary:
         root = directory or Path(temporary)
         base = _Measured(lm, base_name, windows, root, sample_tokens, progress)
         rows = []
         for recipe in recipes:
-            _, state = lm.split()
-            quantized = lm.with_state(
-                quantize(
-                    state, recipe, stats, progress=_stage(progress, f"quantize {recipe.name}")
-                ),
-                recipe,
-            )
+            stage = _stage(progress, f"quantize {recipe.name}")
+            quantized = quantize_model(lm, recipe, batches, progress=stage)
             measured = _Measured(quantized, recipe.name, windows, root, sample_tokens, progress)
-            errors = layer_errors(state, quantized.split()[1])
-            rows.append(measured.row(base.perplexity, errors))
+            rows.append(measured.row(base.perplexity, model_errors(lm, quantized)))
     return Comparison(
         baseline=base.row(base.perplexity, {}),
         rows=tuple(rows),
@@ -147,7 +142,7 @@ def compare(
             "text": text.provenance(),
             "sequences": sequences,
             "seq_len": seq_len,
-            "calibration": dataclasses.asdict(calib) if stats is not None else None,
+            "calibration": dataclasses.asdict(calib) if batches else None,
             "prompt": PROMPT,
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
@@ -216,8 +211,10 @@ def _equal(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
-    if x.dtype == jax.numpy.int4:
+    if x.dtype in (jax.numpy.int2, jax.numpy.int4):
         return x
+    if x.dtype == jax.numpy.float4_e2m1fn:
+        return jax.lax.bitcast_convert_type(x, jax.numpy.uint4)
     unsigned = {1: "uint8", 2: "uint16", 4: "uint32"}[x.dtype.itemsize]
     return jax.lax.bitcast_convert_type(x, unsigned)
 

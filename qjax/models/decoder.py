@@ -21,6 +21,7 @@ from qjax.nn.embed import Embed
 from qjax.nn.layer import DecoderLayer, LayerConfig
 from qjax.nn.linear import Linear
 from qjax.nn.norm import NormConfig, make_norm
+from qjax.numerics import get_format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,10 @@ class DecoderConfig:
     @property
     def head_dim(self) -> int:
         return self.layers[0].attention.head_dim
+
+    def decoder(self) -> Self:
+        """What all families are described by: itself."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: each different layer once, and which of them comes where."""
@@ -177,6 +182,9 @@ class Decoder(nnx.Module):
         """An empty cache for `batch` sequences of up to `length` tokens."""
         cfg = self.decoder_config
         dtype = jnp.dtype(self.embed_tokens.embedding.get_value().dtype)
+        rounded = self.layers[0].self_attn.kv_format
+        if rounded is not None:
+            dtype = get_format(rounded).dtype
         return kv.init_cache(
             cfg.num_hidden_layers, batch, cfg.num_key_value_heads, length, cfg.head_dim, dtype
         )
@@ -201,7 +209,7 @@ class Decoder(nnx.Module):
         Returns:
           normalized hidden states [batch, tokens, features], and the extended cache or None.
         """
-        x = self._embed(input_ids, positions)
+        x = self.embed(input_ids, positions)
         length = input_ids.shape[1] if cache is None else cache[0].k.shape[2]
         tables: dict[tuple[int, int], RopeTable] = {}
         new_cache: list[Any] = []
@@ -225,7 +233,8 @@ class Decoder(nnx.Module):
         cap = self.decoder_config.soft_cap
         return y if cap is None else cap * jnp.tanh(y / cap)
 
-    def _embed(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    def embed(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """What the first layer reads, [batch, tokens, hidden_size]."""
         cfg = self.decoder_config
         x = self.embed_tokens(input_ids)
         if cfg.embedding_scale != 1.0:

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from qjax.config import QuantConfig
 from qjax.errors import CheckpointError, one_of
 from qjax.models import (
     falcon,
@@ -82,9 +83,21 @@ def get_family(model_type: object) -> Family:
     return FAMILIES[one_of("model_type", model_type, FAMILIES, CheckpointError)]
 
 
-def abstract_model(model_type: str, config: Any, dtype: jnp.dtype) -> tuple[nnx.GraphDef, Any]:
-    """The model's graph definition and its state as ShapeDtypeStructs: no array is made."""
+def abstract_model(
+    model_type: str, config: Any, dtype: jnp.dtype, recipe: QuantConfig | None = None
+) -> tuple[nnx.GraphDef, Any]:
+    """The model's graph definition and its state as ShapeDtypeStructs: no array is made.
+
+    Args:
+      recipe: of a quantized model. It says what its cache holds; weights are plain here.
+    """
     family = get_family(model_type)
-    return nnx.split(
-        nnx.eval_shape(lambda: family.model(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
-    )
+
+    def make() -> Any:
+        model = family.model(config, param_dtype=dtype, rngs=nnx.Rngs(0))
+        if recipe is not None and recipe.kv is not None:
+            for layer in model.layers:
+                layer.self_attn.quantize_cache(recipe.kv, recipe.kv_granularity == "per_head")
+        return model
+
+    return nnx.split(nnx.eval_shape(make))

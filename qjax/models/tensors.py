@@ -52,6 +52,20 @@ def heads_in_blocks(tensor: np.ndarray, config: Any) -> list[np.ndarray]:
     return np.split(tensor, np.cumsum(sizes)[:-1])
 
 
+def new_names(name: str, rules: Iterable[Rename | Split]) -> tuple[str, ...]:
+    """Our names of what is in Hugging Face's tensor `name`, as `renamed` gives them.
+
+    Raises:
+      CheckpointError: no rule matches.
+    """
+    for rule in rules:
+        pattern = rule.pattern if isinstance(rule, Split) else rule[0]
+        if re.fullmatch(pattern, name):
+            ours = rule.names if isinstance(rule, Split) else (rule[1],)
+            return tuple(re.sub(pattern, each, name) for each in ours)
+    raise CheckpointError(f"tensor {name!r} belongs to no part of the model")
+
+
 def renamed(name: str, tensor: Any, rules: Iterable[Rename | Split], config: Any) -> dict[str, Any]:
     """Our names -> our weights, of one tensor.
 

@@ -1,13 +1,14 @@
 """The attention of a decoder layer."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qjax import cache as kv
-from qjax import ops
+from qjax import numerics, ops
 from qjax.nn.linear import Linear
 from qjax.nn.norm import NormConfig, make_norm
 
@@ -51,7 +52,18 @@ class AttentionConfig:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention: q_proj, k_proj, v_proj, o_proj, and q_norm and k_norm or None."""
+    """Grouped-query attention: q_proj, k_proj, v_proj, o_proj, and q_norm and k_norm or None.
+
+    Attributes:
+      kv_format: static; what keys and values are rounded to before they are cached, a name of
+        numerics.FORMATS; None: nothing. `quantize_cache` sets it.
+      k_scale, v_scale: Params, float32 [] or [kv_heads], of these; or None.
+      observe_kv: static; while True, each call sows the largest magnitudes of keys and values,
+        float32 [kv_heads], as Intermediates named 'k_amax' and 'v_amax'.
+    """
+
+    kv_format: str | None = None
+    observe_kv = False
 
     def __init__(
         self, hidden_size: int, cfg: AttentionConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
@@ -70,7 +82,16 @@ class Attention(nnx.Module):
             else make_norm(cfg.head_dim, cfg.qk_norm, param_dtype)
             for _ in range(2)
         )
+        self.k_scale: Any = nnx.data(None)
+        self.v_scale: Any = nnx.data(None)
         self.config = cfg
+
+    def quantize_cache(self, format: str, per_head: bool) -> None:
+        """From now on keys and values are rounded to `format`, by scales that are 1 so far."""
+        shape = (self.config.kv_heads,) if per_head else ()
+        self.kv_format = format
+        self.k_scale = nnx.Param(jnp.ones(shape, jnp.float32))
+        self.v_scale = nnx.Param(jnp.ones(shape, jnp.float32))
 
     def __call__(
         self,
@@ -98,11 +119,21 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (ops.apply_rope(y, *rope, interleaved=cfg.interleaved) for y in (q, k))
+        if self.observe_kv:
+            self.sow(nnx.Intermediate, "k_amax", _amax(k))
+            self.sow(nnx.Intermediate, "v_amax", _amax(v))
+        if self.kv_format is not None:
+            k, v = (
+                _rounded(k, self.k_scale, self.kv_format),
+                _rounded(v, self.v_scale, self.kv_format),
+            )
         if cache is None:
             keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
         else:
             cache = kv.write(cache, k, v, positions[:, 0])
             keys, values = cache.k, cache.v
+        if self.kv_format is not None:
+            keys, values = _restored(keys, self.k_scale, x), _restored(values, self.v_scale, x)
         slopes = cfg.alibi_slopes
         mixed = ops.attention(
             q,
@@ -115,3 +146,23 @@ class Attention(nnx.Module):
             soft_cap=cfg.soft_cap,
         )
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+def _amax(x: jax.Array) -> jax.Array:
+    """float32 [heads] of x [batch, tokens, heads, head_dim]; NaN where x is not finite."""
+    x = jnp.abs(x.astype(jnp.float32))
+    largest = jnp.max(x, axis=(0, 1, 3), initial=0.0)
+    return jnp.where(jnp.isfinite(x).all(axis=(0, 1, 3)), largest, jnp.nan)
+
+
+def _rounded(x: jax.Array, scale: nnx.Param, format: str) -> jax.Array:
+    """[batch, tokens, heads, head_dim] -> the same in `format`."""
+    step = scale.get_value()[..., None]
+    return numerics.round_to_format(
+        numerics.divide(x.astype(jnp.float32), step), numerics.get_format(format)
+    )
+
+
+def _restored(x: jax.Array, scale: nnx.Param, like: jax.Array) -> jax.Array:
+    """[batch, heads, length, head_dim] in a narrow format -> numbers of the dtype of `like`."""
+    return (x.astype(jnp.float32) * scale.get_value()[..., None, None]).astype(like.dtype)

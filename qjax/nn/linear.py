@@ -16,7 +16,11 @@ class Linear(nnx.Module):
       dtype: the type to compute in; None: the type of x.
       observe: static; while True, each call sows the largest magnitude of each input feature
         (float32 [in]) as an Intermediate named 'amax'. `qjax.calibrate` sets it.
+      keep_input: static; while True, each call sows its input as an Intermediate named 'input'.
+        Calibration block by block sets it.
     """
+
+    keep_input = False
 
     def __init__(
         self,
@@ -42,6 +46,8 @@ class Linear(nnx.Module):
         return ops.linear(x, self.weight.get_value(), bias, out_dtype=out_dtype)
 
     def _observe(self, x: jax.Array) -> None:
+        if self.keep_input:
+            self.sow(nnx.Intermediate, "input", x)
         if not self.observe:
             return
         rows = jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1])
@@ -85,6 +91,10 @@ class GroupedLinear(Linear):
     ) -> jax.Array:
         """x [tokens, in] -> [rows, out]; arguments as those of `ops.grouped_linear`."""
         self._observe(x)
+        if self.keep_input:
+            self.sow(nnx.Intermediate, "group_sizes", group_sizes)
+            if row_ids is not None:
+                self.sow(nnx.Intermediate, "row_ids", row_ids)
         return ops.grouped_linear(
             x, self.weight.get_value(), group_sizes, row_ids=row_ids, row_scale=row_scale
         )

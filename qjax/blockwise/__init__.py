@@ -1,0 +1,1 @@
+"""Quantization block by block: calibrate a decoder layer, quantize it, go on with what it gives."""
