@@ -13,7 +13,7 @@ from qjax.text import held_out, token_windows
 def main(path: str = "checkpoints/reference", out: str = "reference-int8") -> None:
     lm = qjax.load(path)
     # What to calibrate on: 'cnn_dailymail', 'c4', a text file, a list of strings, token batches ...
-    calib = qjax.CalibConfig(num_samples=16, max_seq_length=256, dataset="stdlib")
+    calib = qjax.CalibConfig(num_samples=32, max_seq_length=512, dataset="stdlib")
     smooth = qjax.quantize_model(lm, "int8_sq", calib=calib)
     print(smooth.quantization_report)
     for row in smooth.quantization_report.weights[:7]:

@@ -115,7 +115,7 @@ def _scale(
 ) -> tuple[jax.Array, float | None]:
     if rule.scaling == "awq":
         awq = awq_scale(weights, stats.gram, stats.mean_abs, spec_of(rule), alpha=rule.alpha)
-        return awq.scale, float(awq.alphas[awq.best])
+        return awq.scale, round(float(awq.alphas[awq.best]), 4)
     if rule.alpha is not None:
         amax = jnp.max(jnp.stack([jnp.max(jnp.abs(w), axis=0) for w in weights]), axis=0)
         return smooth_scale(stats.amax, amax.astype(jnp.float32), rule.alpha), rule.alpha
@@ -128,7 +128,8 @@ def _scale(
         act_format=rule.act,
         act_granularity=rule.act_granularity,
     )
-    return found.scale, float(found.alpha)
+    alpha = round(float(found.alpha), 4)
+    return found.scale, None if alpha < 0 else alpha  # negative: no scale was best
 
 
 def _expert_scales(weights: tuple[jax.Array, ...], rule: Rule, stats: InputStats) -> jax.Array:

@@ -57,6 +57,9 @@ def decode_attention(
     _, kv_heads, page_size, _ = k_pages.shape
     pages = 1 if block_table is None else block_table.shape[1]
     if config is None:
+        if head_dim % 64 and not interpret:
+            # Others are swizzled by 32 or 64 bytes: with 112 an H200 met an illegal instruction.
+            raise NotImplementedError(f"head_dim must be 64, 128, 192 or 256, not {head_dim}")
         shape = (batch, kv_heads, heads // kv_heads, head_dim, page_size, pages)
         config = choose(*shape, np.dtype(k_pages.dtype), cores)
     if not config.fits(page_size, pages):
