@@ -59,8 +59,9 @@ def test_a_random_model_is_in_the_format_of_its_preset(preset):
     for leaf in quantized.values():
         assert leaf.format == cfg.rules[0].weight
         scale = leaf.scale.astype(jnp.float32)
-        # Rows differ by a factor of up to 2 in size: so do their scales.
-        assert scale.size == 1 or float(scale.max() / scale.min()) > 1.5
+        # Rows differ by a factor of up to 2 in size: so do their scales, if not 128 rows share one.
+        shared = scale.size == 1 or cfg.rules[0].granularity == "per_block"
+        assert shared or float(scale.max() / scale.min()) > 1.5
     logits = lm(jnp.arange(8)[None])
     assert bool(jnp.isfinite(logits).all())
     assert 0.1 < float(logits.std()) < 30
