@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from tiny import KINDS, tiny_lm, token_batches
+from tiny import KINDS, some_heavy, tiny_lm, token_batches
 
 import qjax
 from qjax.decode import decode
@@ -28,7 +28,7 @@ def greedy_by_full_passes(lm, prompts: list[list[int]], new: int) -> list[list[i
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
-@pytest.mark.parametrize("preset", [None, *KINDS])
+@pytest.mark.parametrize("preset", some_heavy([None, *KINDS]))
 def test_greedy_equals_repeated_full_passes(preset):
     lm = tiny_lm(eos_token_id=())
     if preset is not None:

@@ -12,7 +12,7 @@ from flax import nnx
 from qjax_kernels.gemm_swiglu.layout import separate
 from qjax_kernels.weight_only_gemm.api import unprepare
 from test_reference import REFERENCE, SURE
-from tiny import PLAIN, tiny_config, tiny_lm, token_batches
+from tiny import PLAIN, some_heavy, tiny_config, tiny_lm, token_batches
 
 import qjax
 from qjax import cache as kv
@@ -139,7 +139,9 @@ def unsure(
     return gap <= 2 * np.abs(rough[at] - exact[at]).max()
 
 
-@pytest.mark.parametrize("preset", [None, "fp8", "int8", "int4_wo", "int3_wo", *MIXED, *BY_GROUPS])
+@pytest.mark.parametrize(
+    "preset", some_heavy([None, "fp8", "int8", "int4_wo", "int3_wo", *MIXED, *BY_GROUPS])
+)
 def test_generation(preset):
     lm = tiny(preset)
     prepared = qjax.prepare(lm)
@@ -190,7 +192,7 @@ def test_formats_that_are_not_fused(preset):
     assert prepared.report.canonical == {}
 
 
-@pytest.mark.parametrize("preset", [name for name in FORMATS if name not in NOT_FUSED])
+@pytest.mark.parametrize("preset", some_heavy(name for name in FORMATS if name not in NOT_FUSED))
 def test_all_is_fused(preset):
     """And how gate and up lie: a scale for each token is known only after all of its row."""
     prepared = qjax.prepare(tiny(preset))

@@ -19,7 +19,7 @@ from qjax.runtime.weights import INTERLEAVED, JOINED, PLAIN, STACKED
 from qjax.tree import map_named
 
 # An arrangement each, and what only these have; the others are longer tests.
-QUICK = ("gptj", "gemma2", "qwen3_moe")
+QUICK = ("gptj", "gemma2")
 PARAMETERS = [
     family if family in QUICK else pytest.param(family, marks=pytest.mark.heavy)
     for family in CONFIGS

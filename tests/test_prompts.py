@@ -44,6 +44,7 @@ def test_groups_read_what_one_pass_reads(monkeypatch, kv_cache):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.heavy
 def test_generation_in_groups(monkeypatch):
     prepared = qjax.prepare(small_lm("llama"))
     texts = np.random.default_rng(1).integers(0, prepared.config.vocab_size, (4, 33))

@@ -1,8 +1,12 @@
 """A Llama small enough to build in a test: random weights, no tokenizer."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from qjax.lm import LanguageModel
@@ -14,6 +18,12 @@ PLAIN = tuple(name for name in PRESETS if not preset(name).needs_blocks)
 # Those of which no other has the same kind of product: what takes long runs with these.
 ALIKE = ("fp8_wo", "int4_wo_asym", "int2_wo", "mxfp4", "mxfp4_wo")
 KINDS = tuple(name for name in PLAIN if name not in ALIKE)
+OFTEN = (None, "fp8", "int8", "int4_wo", "nvfp4")
+
+
+def some_heavy(presets: Iterable[str | None]) -> list[Any]:
+    """Parameters of a test that takes seconds: all but those of OFTEN are marked heavy."""
+    return [p if p in OFTEN else pytest.param(p, marks=pytest.mark.heavy) for p in presets]
 
 
 def tiny_config(**changes) -> LlamaConfig:

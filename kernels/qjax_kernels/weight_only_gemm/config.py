@@ -67,7 +67,7 @@ def fp8_candidates(tokens: int, weight: Prepared, *, cores: int = 132) -> list[C
 
 def stream_candidates(tokens: int, weight: Prepared, cores: int) -> list[Config]:
     """`candidates` of one kernel, at most 4."""
-    tile = min(64, -(-tokens // 8) * 8)
+    tile = min(64, max(8, -(-tokens // 8) * 8))
     blocks = -(-weight.out_features // 64) * -(-tokens // tile)
     columns = -(-weight.in_features // 64)
     found = []
