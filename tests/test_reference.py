@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_generate import greedy_by_full_passes
+from tiny import DISTINCT
 
 import qjax
 from qjax.checkpoint.format import FILE
@@ -25,7 +26,7 @@ SURE = [
     "# Permission is hereby granted, free of charge, to any person obtaining a copy\n# of this",
     "# Redistribution and use in source and binary forms, with or without\n# modification, are",
 ]
-FORMATS = [None, *sorted(qjax.PRESETS)]
+FORMATS = [None, *DISTINCT, "fp8_wo", "int8_sq", "int4_gptq"]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ PLAIN = tuple(name for name in PRESETS if not preset(name).needs_blocks)
 # Those of which no other has the same kind of product: what takes long runs with these.
 ALIKE = ("fp8_wo", "int4_wo_asym", "int2_wo", "mxfp4", "mxfp4_wo")
 KINDS = tuple(name for name in PLAIN if name not in ALIKE)
+# Of which each has a product of its own.
+DISTINCT = ("fp8", "fp8_per_token", "fp8_block", "int8", "int8_wo", "int4_wo", "w4a8", "nvfp4")
 OFTEN = (None, "fp8", "int8", "int4_wo", "nvfp4")
 
 
