@@ -187,6 +187,7 @@ def test_the_command_writes_rows_and_prints_json(tmp_path, capsys, tiny):
     assert not list(out.parent.glob("*.tmp"))
 
 
+@pytest.mark.heavy
 def test_runs_add_up_in_one_file(tmp_path, capsys, tiny):
     """Rows of the same key are replaced; others stay, with the commits that they may be of."""
     out = tmp_path / "latency.json"

@@ -47,6 +47,7 @@ def test_texts_are_joined_and_cut():
         calibration_data(texts[:2], Letters(), SMALL)
 
 
+@pytest.mark.heavy
 def test_the_standard_library():
     lm = qjax.load(REFERENCE)
     calib = CalibConfig(num_samples=5, batch_size=2, max_seq_length=64, dataset="stdlib")

@@ -117,7 +117,9 @@ def both(lm, prompts, new, lookup=PromptLookup(), **chosen):  # noqa: B008 (froz
     return plain, fast
 
 
-@pytest.mark.parametrize("preset", [None, "int8", "int4_wo"])
+@pytest.mark.parametrize(
+    "preset", [None, *(pytest.param(p, marks=pytest.mark.heavy) for p in ("int8", "int4_wo"))]
+)
 def test_the_tokens_are_those_of_single_steps(preset):
     lm = tiny_lm(eos_token_id=())
     if preset is not None:

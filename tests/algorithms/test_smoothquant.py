@@ -106,6 +106,7 @@ def test_outliers_ask_for_smoothing(granularity):
     assert found.losses.shape == found.alphas.shape == (22,)
 
 
+@pytest.mark.heavy
 def test_the_searched_alpha_is_near_the_best_of_all():
     x = inputs(500, 64)
     found = search(x)
