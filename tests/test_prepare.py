@@ -113,8 +113,9 @@ def test_bfloat16_logits(preset):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("preset", FEWER)
 def test_text_is_the_same(preset, dtype):
-    """In float32 to the token, but for int4 weights with fp8 activations, whose sums are in another
-    order; those, and all in bfloat16, up to where the canonical model itself is not sure."""
+    """In float32 to the token, but for int4 weights with fp8 activations and activations rounded in
+    groups, whose sums are in another order; those, and all in bfloat16, up to where the canonical
+    model itself is not sure."""
     lm = reference(preset, dtype)
     expected = lm.generate(SURE, max_new_tokens=24)
     got = qjax.prepare(lm).generate(SURE, max_new_tokens=24)

@@ -26,7 +26,7 @@ SURE = [
     "# Permission is hereby granted, free of charge, to any person obtaining a copy\n# of this",
     "# Redistribution and use in source and binary forms, with or without\n# modification, are",
 ]
-FORMATS = [None, *DISTINCT, "fp8_wo", "int8_sq", "int4_gptq"]
+FORMATS = [None, *DISTINCT, "fp8_wo", "w4a8_static", "int8_sq", "int4_gptq"]
 
 
 @pytest.fixture(scope="module")
